@@ -1,0 +1,134 @@
+"""What survives: the training state, its saving and its loading, mirror images of each other."""
+
+import argparse
+import os
+import pathlib
+import pickle
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from utils import say
+
+# What a published file may hold beside tensors and plain containers. None of these runs code when unpickled.
+SAFE_CLASSES = [argparse.Namespace, pathlib.Path, pathlib.PosixPath, pathlib.PurePosixPath]
+
+
+@dataclass
+class TrainState:
+    """Everything a run needs to go on. No random state: an epoch starts from seeds made of (seed, epoch, rank).
+
+    Attributes:
+        model: the bare network.
+        optimizer, scheduler, scaler: torch's, timm's, torch's GradScaler (disabled outside fp16).
+        ema: timm's ModelEmaV3, or None.
+        epoch: last finished epoch, -1 before the first.
+        best: {"acc1": best top-1 in percent, "epoch": its epoch}, of the raw weights.
+    """
+
+    model: Any
+    optimizer: Any = None
+    scheduler: Any = None
+    scaler: Any = None
+    ema: Any = None
+    epoch: int = -1
+    best: dict = field(default_factory=lambda: {"acc1": 0.0, "epoch": -1})
+
+    def to_dict(self, args):
+        """The published keys `model optimizer lr_scheduler epoch model_ema args`, plus `scaler` and `best`."""
+        content = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.scheduler.state_dict(),
+            "epoch": self.epoch,
+            "scaler": self.scaler.state_dict(),
+            "best": self.best,
+            "args": args,
+        }
+        if self.ema is not None:
+            content["model_ema"] = self.ema.module.state_dict()
+        return content
+
+    def from_dict(self, content, path):
+        """Take over weights and, where optimizer, schedule and epoch are all there, the whole state.
+
+        `path` is named in the messages. Raises ValueError where a part is not of this network or optimizer.
+        """
+        load_weights(self.model, weights_in(content, path), path)
+        if self.ema is not None:
+            if "model_ema" in content:
+                load_weights(self.ema.module, content["model_ema"], f"{path} (model_ema)")
+            else:
+                say(f"{path} holds no model_ema: the moving average starts from its weights.")
+                self.ema.module.load_state_dict(self.model.state_dict())
+        lacking = [key for key in ("optimizer", "lr_scheduler", "epoch") if key not in content]
+        if lacking:
+            say(f"{path} lacks {', '.join(lacking)}: its weights are used, and training starts at the first epoch.")
+            return
+        try:
+            self.optimizer.load_state_dict(content["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"The optimizer state in {path} is not of this network and --opt ({error}).") from error
+        self.scheduler.load_state_dict(content["lr_scheduler"])
+        if content.get("scaler"):
+            self.scaler.load_state_dict(content["scaler"])
+        self.epoch = content["epoch"]
+        self.best = content.get("best", self.best)
+
+
+def save(content, path):
+    """Write a checkpoint so that `path` is always whole: temporary name, sync, rename."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read(path):
+    """Read a checkpoint file onto the CPU without running anything pickled in it.
+
+    Raises FileNotFoundError or ValueError naming the file: not there, damaged, or holding foreign classes.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no checkpoint {path}.")
+    try:
+        with torch.serialization.safe_globals(SAFE_CLASSES):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()
+        wanted = [line.strip() for line in reason if "GLOBAL" in line or "global" in line]
+        raise ValueError(f"Refused to load {path}, which is damaged or holds more than weights: {(wanted or reason)[0]}") from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(f"Cannot read the checkpoint {path}, it is damaged or no PyTorch file: {error}") from error
+
+
+def weights_in(content, path):
+    """The state dict in a checkpoint: under `model`, or the file itself if it is a bare one."""
+    weights = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not weights or not all(torch.is_tensor(value) for value in weights.values()):
+        raise ValueError(f"{path} holds no state dict: neither under 'model' nor as the file itself.")
+    return weights
+
+
+def load_weights(model, weights, path):
+    """Load a state dict that must fit exactly; ValueError says how it does not: classes, keys, shapes."""
+    own = model.state_dict()
+    missing = [key for key in own if key not in weights]
+    extra = [key for key in weights if key not in own]
+    if missing or extra:
+        raise ValueError(
+            f"{path} is of another network: it lacks {len(missing)} tensors of this one {missing[:2]} "
+            f"and has {len(extra)} others {extra[:2]}; check --model and its flags."
+        )
+    other = {key: (tuple(weights[key].shape), tuple(own[key].shape)) for key in own if weights[key].shape != own[key].shape}
+    classes = {(there[0], here[0]) for there, here in other.values() if here and there[1:] == here[1:]}
+    if other and len(classes) == 1 and all(there[1:] == here[1:] for there, here in other.values()):
+        there, here = classes.pop()
+        raise ValueError(f"The head in {path} has {there} classes, but the data has {here} class folders.")
+    if other:
+        key, (there, here) = next(iter(other.items()))
+        raise ValueError(f"{path} is of another network: {key} is {there} there, {here} here; check --model and its flags.")
+    model.load_state_dict(weights)

@@ -1,0 +1,50 @@
+"""Every network by name: importing this package registers ours with timm."""
+
+import difflib
+
+import timm
+
+from models import baselines, convmixer, semiformer  # noqa: F401  (importing is registering)
+from models.baselines import MyResNet, SingleStream, single_stream
+from models.semiformer import Semiformer
+
+
+def build_model(name, num_classes, img_size=224, drop=0.0, drop_path=0.0, drop_block=None, remove_fcu=False, **overrides):
+    """Build any network behind the contract of ours: `model(images) -> list of logits`, one a stream.
+
+    Args:
+        name: one of ours, or any timm classifier.
+        num_classes: size of the head(s).
+        img_size: input side in pixels; told to the networks whose position embedding depends on it.
+        drop, drop_path, drop_block: dropout, stochastic depth and DropBlock rates.
+        remove_fcu: no exchange between the streams; two-stream networks only.
+        overrides: constructor arguments, e.g. `depth=6`.
+    Raises ValueError for an unknown name, `remove_fcu` or `drop_block` with the wrong kind of network, and a
+    setting the network does not have.
+    """
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models() + list(semiformer.__all__), n=3)
+        raise ValueError(f"Unknown --model {name!r}" + (f": did you mean {', '.join(close)}?" if close else "."))
+    settings = dict(overrides, num_classes=num_classes)
+    if name.startswith(("Semiformer_", "Conformer_")):
+        if drop_block is not None:
+            raise ValueError(f"--drop-block does not apply to the two-stream network {name}: leave it out.")
+        return timm.create_model(name, drop_rate=drop, drop_path_rate=drop_path, remove_fcu=remove_fcu, **settings)
+    if remove_fcu:
+        raise ValueError(f"--remove-fcu removes the fusion of a two-stream network, and {name} has none.")
+    cfg = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
+    if name.startswith("deit_"):
+        # released code (timm 0.3.2): dropout after the position embedding and in the blocks, none before the head.
+        rates = dict(pos_drop_rate=drop, proj_drop_rate=drop, drop_path_rate=drop_path)
+        settings["img_size"] = img_size
+    else:
+        rates = dict(drop_rate=drop, drop_path_rate=drop_path, drop_block_rate=drop_block)
+        if cfg is not None and cfg.fixed_input_size:
+            settings["img_size"] = img_size
+    # A network that lacks a rate is fine with that rate being zero.
+    settings.update({key: rate for key, rate in rates.items() if rate})
+    try:
+        model = timm.create_model(name, **settings)
+    except TypeError as error:
+        raise ValueError(f"{name} lacks a setting it was given ({error}): set the flag's rate to 0.") from error
+    return model if isinstance(model, MyResNet) else single_stream(model)

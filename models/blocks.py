@@ -1,0 +1,132 @@
+"""The parts a two-stream network is made of: CNN bottleneck, squeeze (CNN -> tokens), expand (tokens -> CNN).
+
+Shapes: N images, C channels, H x W map, L patch tokens, E embedding. The transformer block is timm's: its
+parameter names are the published ones.
+"""
+
+from functools import partial
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import nn
+from torch.nn import functional as F
+
+BatchNorm = partial(nn.BatchNorm2d, eps=1e-6)
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+
+
+def transformer_block(embed_dim, num_heads, mlp_ratio, qkv_bias, drop, drop_path):
+    """timm's pre-norm block; `drop` acts after attention's projection and after both MLP layers, nowhere else."""
+    return Block(embed_dim, num_heads, mlp_ratio, qkv_bias=qkv_bias, proj_drop=drop, drop_path=drop_path, norm_layer=LayerNorm)
+
+
+class ConvBlock(nn.Module):
+    """Bottleneck: 1x1, 3x3 (strided), 1x1 convolutions of middle width out/4, the last ReLU after the sum.
+
+    `narrow` says where the streams meet (Conformer: at the bottleneck; Semiformer: at full width): it decides
+    which activation squeeze reads and which convolution the expanded map joins. The shortcut never carries the
+    expanded map. Source: Conformer (Peng et al., ICCV 2021), changed as in Semiformer's released code.
+    """
+
+    def __init__(self, in_channels, out_channels, stride=1, project=False, narrow=False):
+        super().__init__()
+        middle = out_channels // 4
+        self.narrow = narrow
+        self.meeting_channels = middle if narrow else out_channels
+        self.conv1 = nn.Conv2d(in_channels, middle, 1, bias=False)
+        self.bn1 = BatchNorm(middle)
+        self.conv2 = nn.Conv2d(middle, middle, 3, stride, padding=1, bias=False)
+        self.bn2 = BatchNorm(middle)
+        self.conv3 = nn.Conv2d(middle, out_channels, 1, bias=False)
+        self.bn3 = BatchNorm(out_channels)
+        self.project = project
+        if project:
+            self.residual_conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            self.residual_bn = BatchNorm(out_channels)
+
+    def forward(self, x, expanded=None):
+        """(N, in, H, W), expanded map or None -> (N, out, H/stride, W/stride), the activation squeeze reads."""
+        shortcut = self.residual_bn(self.residual_conv(x)) if self.project else x
+        if expanded is not None and not self.narrow:
+            x = x + expanded
+        x = F.relu(self.bn1(self.conv1(x)))
+        if expanded is not None and self.narrow:
+            x = x + expanded
+        bottleneck = F.relu(self.bn2(self.conv2(x)))
+        x = F.relu(self.bn3(self.conv3(bottleneck)) + shortcut)
+        return x, bottleneck if self.narrow else x
+
+
+def _pointwise(conv, tokens):
+    """A 1x1 convolution applied to tokens (N, L, C): the same product, without going through a map's layout."""
+    return F.linear(tokens, conv.weight.flatten(1), conv.bias)
+
+
+class FCUDown(nn.Module):
+    """Squeeze: a CNN map becomes an increment to the tokens.
+
+    The published order is 1x1 convolution, then average pool. Both are linear and the pool acts on each channel
+    alone, so they commute: pooling first is the same function for 1/s^2 of the convolution's cost.
+    """
+
+    def __init__(self, in_channels, embed_dim, stride):
+        super().__init__()
+        self.stride = stride
+        self.conv_project = nn.Conv2d(in_channels, embed_dim, 1)
+        self.ln = LayerNorm(embed_dim)
+
+    def forward(self, x, class_token):
+        """(N, C, H, W), (N, 1, E) -> (N, 1 + HW/s^2, E), the class token in front as it came."""
+        x = F.avg_pool2d(x, self.stride) if self.stride > 1 else x
+        x = _pointwise(self.conv_project, x.flatten(2).transpose(1, 2))  # (N, C, H/s, W/s) -> (N, L, C) -> (N, L, E)
+        return torch.cat([class_token, F.gelu(self.ln(x))], dim=1)
+
+
+class FCUUp(nn.Module):
+    """Expand: patch tokens become a map for the CNN, repeated s x s times (nearest neighbour)."""
+
+    def __init__(self, embed_dim, out_channels, stride):
+        super().__init__()
+        self.stride = stride
+        self.conv_project = nn.Conv2d(embed_dim, out_channels, 1)
+        self.bn = BatchNorm(out_channels)
+
+    def forward(self, tokens, grid):
+        """(N, 1 + L, E), grid (h, w) with hw = L -> (N, C, h*s, w*s)."""
+        x = _pointwise(self.conv_project, tokens[:, 1:])  # (N, L, E) -> (N, L, C)
+        x = F.relu(self.bn(x.transpose(1, 2).unflatten(2, grid)))  # -> (N, C, h, w)
+        return F.interpolate(x, scale_factor=self.stride, mode="nearest") if self.stride > 1 else x
+
+
+class ConvTransBlock(nn.Module):
+    """One stage of both streams and the exchange between them.
+
+    Args:
+        cnn_block, fusion_block: modules `(x, expanded=None) -> (x, activation squeeze reads)`.
+        med_blocks: further CNN blocks, applied after squeeze has read the map.
+        stride: pixels of the CNN map a token covers along one side.
+        remove_fcu: never exchange anything; squeeze and expand stay in the state dict, unused.
+    """
+
+    def __init__(self, cnn_block, fusion_block, trans_block, channels, embed_dim, stride, med_blocks=(), remove_fcu=False):
+        super().__init__()
+        self.remove_fcu = remove_fcu
+        self.cnn_block = cnn_block
+        self.fusion_block = fusion_block
+        if med_blocks:
+            self.med_block = nn.ModuleList(med_blocks)
+        self.squeeze_block = FCUDown(channels, embed_dim, stride)
+        self.expand_block = FCUUp(embed_dim, channels, stride)
+        self.trans_block = trans_block
+
+    def forward(self, x, tokens, grid):
+        """(N, C, H, W), (N, 1 + L, E), grid (h, w) of the L patch tokens -> the same two, one stage on."""
+        x, activation = self.cnn_block(x)
+        if not self.remove_fcu:
+            # released code: squeeze puts the class token in front and is added, so it enters the block doubled.
+            tokens = tokens + self.squeeze_block(activation, tokens[:, :1])
+        tokens = self.trans_block(tokens)
+        for block in getattr(self, "med_block", ()):
+            x, _ = block(x)
+        x, _ = self.fusion_block(x, None if self.remove_fcu else self.expand_block(tokens, grid))
+        return x, tokens

@@ -1,0 +1,193 @@
+"""The two-stream network. Semiformer, its PE variant and Conformer are settings of one class.
+
+Semiformer: Weng et al., "Semi-Supervised Vision Transformers", ECCV 2022. Conformer: Peng et al., ICCV 2021.
+"""
+
+import torch
+from timm.layers import resample_abs_pos_embed, trunc_normal_
+from timm.models import register_model
+from torch import nn
+from torch.nn import functional as F
+
+from models.blocks import ConvBlock, ConvTransBlock, transformer_block
+
+
+class Semiformer(nn.Module):
+    """A ViT and a CNN that exchange their features at every stage but the first.
+
+    Args:
+        patch_size: pixels a token covers along one side, a multiple of 16 (CNN map: 1/16 of the image).
+        num_classes: size of both heads.
+        base_channel, channel_ratio: the CNN's stages have 64r, 128r and 256r channels for base 64, ratio r.
+        num_med_block: further bottlenecks in each stage.
+        embed_dim, depth, num_heads, mlp_ratio, qkv_bias: the transformer; depth is a multiple of 3.
+        drop_rate: dropout after attention's projection and both MLP layers.
+        drop_path_rate: stochastic depth, growing linearly over the transformer blocks; the CNN has none.
+        remove_fcu: the streams never exchange anything (`--remove-fcu`).
+        narrow: exchange at the CNN's bottleneck (Conformer) instead of at full width (Semiformer).
+        pos_embed: learn a position embedding for 224 px; another input size reads it resized (bicubic).
+    """
+
+    def __init__(self, patch_size=16, in_chans=3, num_classes=1000, base_channel=64, channel_ratio=4, num_med_block=0,
+                 embed_dim=384, depth=12, num_heads=6, mlp_ratio=4.0, qkv_bias=True, drop_rate=0.0, drop_path_rate=0.0,
+                 remove_fcu=False, narrow=False, pos_embed=False):  # fmt: skip
+        super().__init__()
+        if patch_size % 16:
+            raise ValueError(f"patch_size must be a multiple of 16, not {patch_size}.")
+        if depth % 3 or depth < 3:
+            raise ValueError(f"depth must be a multiple of 3, a third for each width of the CNN, not {depth}.")
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim {embed_dim} does not divide into {num_heads} heads.")
+        self.patch_size, self.num_classes, self.embed_dim = patch_size, num_classes, embed_dim
+        self.remove_fcu = remove_fcu
+        self.num_features = base_channel * channel_ratio * 4
+        self._transformer = dict(embed_dim=embed_dim, num_heads=num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, drop=drop_rate)
+
+        # Creation order is the order of the published state dict.
+        if pos_embed:
+            self.pos_embed = nn.Parameter(torch.zeros(1, (224 // patch_size) ** 2, embed_dim))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.trans_norm = nn.LayerNorm(embed_dim)  # released code: default eps here, 1e-6 everywhere else.
+        self.trans_cls_head = nn.Linear(embed_dim, num_classes)
+        self.conv_cls_head = nn.Linear(self.num_features, num_classes)
+        self.conv1 = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self._build_stages(base_channel * channel_ratio, depth, drop_path_rate, narrow, num_med_block)
+        self._init_weights()
+
+    def _build_stages(self, width, depth, drop_path_rate, narrow, num_med_block):
+        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        third, patch = depth // 3, self.patch_size
+        self.conv_1 = ConvBlock(64, width, project=True, narrow=narrow)
+        self.trans_patch_conv = nn.Conv2d(64, self.embed_dim, patch // 4, stride=patch // 4)
+        self.trans_1 = transformer_block(**self._transformer, drop_path=rates[0])
+        for i in range(2, depth + 1):
+            group, first = divmod(i - 1, third)  # group 0, 1, 2: maps of 1/4, 1/8, 1/16 of the image
+            channels, opens, last = width * 2**group, first == 0, i == depth
+            cnn_block = ConvBlock(channels // 2 if opens else channels, channels, 2 if opens else 1, opens, narrow)
+            stage = ConvTransBlock(
+                cnn_block,
+                ConvBlock(channels, channels, 2 if last else 1, last, narrow),
+                transformer_block(**self._transformer, drop_path=rates[i - 1]),
+                channels=cnn_block.meeting_channels,
+                embed_dim=self.embed_dim,
+                stride=patch // 4 // 2**group,
+                med_blocks=[ConvBlock(channels, channels) for _ in range(num_med_block)],
+                remove_fcu=self.remove_fcu,
+            )
+            self.add_module(f"conv_trans_{i}", stage)
+
+    def _init_weights(self):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        trunc_normal_(self.cls_token, std=0.02)
+        if hasattr(self, "pos_embed"):
+            trunc_normal_(self.pos_embed, std=0.02)
+
+    def no_weight_decay(self):
+        """Parameters AdamW must not decay."""
+        return {"cls_token"}  # released code: the PE variant's position embedding is decayed.
+
+    def unused_parameters(self):
+        """Names of parameters no gradient reaches: the fusion's, under `remove_fcu`."""
+        if not self.remove_fcu:
+            return []
+        return [name for name, _ in self.named_parameters() if ".squeeze_block." in name or ".expand_block." in name]
+
+    def forward(self, images, ret_feat=False):
+        """(N, 3, H, W) -> [CNN logits, transformer logits], each (N, num_classes).
+
+        With `ret_feat` -> {"output": those, "feat": [(N, num_features), (N, embed_dim)]}: the pooled CNN map and
+        the normalised class token. Raises ValueError where H or W is no multiple of the patch size.
+        """
+        height, width = images.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"{height}x{width} images do not divide into {self.patch_size}-pixel patches: "
+                f"choose an --input-size that is a multiple of {self.patch_size}."
+            )
+        grid = (height // self.patch_size, width // self.patch_size)
+        stem = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, stride=2, padding=1)  # (N, 64, H/4, W/4)
+        x = self._first_cnn_stage(images, stem)
+        tokens = self.trans_1(self._tokens(stem, grid))
+        for name, stage in self.named_children():
+            if name.startswith("conv_trans_"):
+                x, tokens = stage(x, tokens, grid)
+        features = [x.mean((2, 3)), self.trans_norm(tokens)[:, 0]]
+        logits = [self.conv_cls_head(features[0]), self.trans_cls_head(features[1])]
+        return {"output": logits, "feat": features} if ret_feat else logits
+
+    def _first_cnn_stage(self, images, stem):
+        return self.conv_1(stem)[0]
+
+    def _tokens(self, stem, grid):
+        tokens = self.trans_patch_conv(stem).flatten(2).transpose(1, 2)  # (N, E, h, w) -> (N, L, E)
+        if hasattr(self, "pos_embed"):
+            # ours: the published network works at 224 px only.
+            tokens = tokens + resample_abs_pos_embed(self.pos_embed, list(grid), num_prefix_tokens=0)
+        return torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+
+
+def build(network, settings, kwargs):
+    """A network of ours from its published settings and timm's keyword arguments.
+
+    Raises ValueError for `pretrained=True`: no weights are hosted for these names.
+    """
+    if kwargs.pop("pretrained", False):
+        raise ValueError("No weights are hosted for this network: build it and load a checkpoint file instead.")
+    for bookkeeping in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+        kwargs.pop(bookkeeping, None)
+    return network(**{**settings, **kwargs})
+
+
+@register_model
+def Semiformer_small_patch16(**kwargs):
+    """Semiformer-S: 41.7 M parameters, 75.5 % ImageNet top-1 with 10 % of the labels."""
+    return build(Semiformer, dict(channel_ratio=4, embed_dim=384, num_heads=6), kwargs)
+
+
+@register_model
+def Semiformer_PE_small_patch16(**kwargs):
+    """Semiformer-S with a learned position embedding."""
+    return build(Semiformer, dict(channel_ratio=4, embed_dim=384, num_heads=6, pos_embed=True), kwargs)
+
+
+@register_model
+def Semiformer_tiny_patch16(**kwargs):
+    """Ours, for experiments: a quarter of the CNN's width, half of the embedding."""
+    return build(Semiformer, dict(channel_ratio=1, embed_dim=192, num_heads=3), kwargs)
+
+
+@register_model
+def Semiformer_micro_patch16(**kwargs):
+    """Ours, for the demo on two CPU cores: the tiny one at half its depth."""
+    return build(Semiformer, dict(channel_ratio=1, embed_dim=192, num_heads=3, depth=6), kwargs)
+
+
+@register_model
+def Conformer_tiny_patch16(**kwargs):
+    """Conformer-Ti: 23.5 M parameters."""
+    return build(Semiformer, dict(channel_ratio=1, embed_dim=384, num_heads=6, narrow=True), kwargs)
+
+
+@register_model
+def Conformer_small_patch16(**kwargs):
+    """Conformer-S: 37.7 M parameters."""
+    return build(Semiformer, dict(channel_ratio=4, embed_dim=384, num_heads=6, narrow=True), kwargs)
+
+
+@register_model
+def Conformer_small_patch32(**kwargs):
+    """Conformer-S with 32-pixel patches: 38.9 M parameters."""
+    return build(Semiformer, dict(patch_size=32, channel_ratio=4, embed_dim=384, num_heads=6, narrow=True), kwargs)
+
+
+@register_model
+def Conformer_base_patch16(**kwargs):
+    """Conformer-B: 83.3 M parameters."""
+    return build(Semiformer, dict(channel_ratio=6, embed_dim=576, num_heads=9, narrow=True), kwargs)

@@ -1,0 +1,376 @@
+"""The command line: every flag with its meaning and unit, and the checks that need nothing but the flags.
+
+A flag keeps its published name, type and default; tests/test_options.py freezes the set.
+"""
+
+import argparse
+
+import torch
+
+SUPERVISED_DATA_SETS = ("IMNET", "INAT", "INAT19")  # everything labelled: nothing to pseudo-label
+NONE = "None"  # released code: a path flag that is not given is this string
+
+
+class NoEffect(argparse.Action):
+    """A published flag that nothing read: parsed so that it can be answered, and refused."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        flag = self.option_strings[0]
+        parser.error(f"{flag} had no effect in the published code and does nothing here: leave it out")
+
+
+def boolean(text):
+    """'true' or 'false' of the command line as a bool (released code: any string was true)."""
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false: write true or false")
+    return values[text.lower()]
+
+
+def get_args_parser():
+    """The parser of training and evaluation; the Slurm launcher takes it as a parent."""
+    parser = argparse.ArgumentParser("Semiformer training and evaluation", add_help=False)
+    for add_flags in (_run_flags, _network_flags, _data_flags, _semi_flags, _consistency_flags,
+                      _augmentation_flags, _mixup_flags, _optimizer_flags, _schedule_flags, _ema_flags,
+                      _checkpoint_flags, _hardware_flags, _distributed_flags, _no_effect_flags):
+        add_flags(parser)
+    return parser
+
+
+def _group(parser, title):
+    """add_argument of a new group, which ends every help text with the default."""
+    group = parser.add_argument_group(title)
+
+    def add(*flags, help, **settings):
+        group.add_argument(*flags, help=help + " (default: %(default)s)", **settings)
+
+    return add
+
+
+def _run_flags(parser):
+    add = _group(parser, "length and pace of the run")
+    add("--batch-size", default=64, type=int,
+        help="images per process and step, labelled and unlabelled together")
+    add("--epochs", default=300, type=int,
+        help="length of the run in epochs; without --steps-per-epoch an epoch is one pass of the labelled "
+             "loader")
+    add("--steps-per-epoch", default=0, type=int, metavar="N",
+        help="0: published, an epoch is one pass of the labelled loader; N > 0: every epoch has N steps, the "
+             "labelled images reshuffled and repeated as needed")
+    add("--start_epoch", default=0, type=int, help="index of the first epoch, counted from 0")
+    add("--evaluate-freq", default=1, type=int, help="epochs between evaluations, checkpoints and log lines")
+    add("--eval", action="store_true", help="evaluate top-1 and top-5 on the validation set and stop")
+    add("--seed", default=0, type=int, help="seed of initial weights, order and augmentation")
+
+
+def _network_flags(parser):
+    add = _group(parser, "network")
+    add("--model", default="deit_base_patch16_224", type=str, metavar="MODEL",
+        help="name of the network to train")
+    add("--input-size", default=224, type=int, help="side of the square input in pixels")
+    add("--drop", type=float, default=0.0, metavar="PCT", help="dropout probability, 0 to 1")
+    add("--drop-path", type=float, default=0.1, metavar="PCT",
+        help="stochastic depth probability of the last transformer block, 0 to 1; it grows linearly from 0 "
+             "at the first")
+    add("--drop-block", type=float, default=None, metavar="PCT", help="DropBlock probability, 0 to 1, of the "
+        "networks that have it; None: off")
+    add("--remove-fcu", action="store_true",
+        help="cut the exchange between the CNN and the transformer stream")
+
+
+def _data_flags(parser):
+    add = _group(parser, "data")
+    add("--data-path", default="/datasets01_101/imagenet_full_size/061417/", type=str,
+        help="root folder of the data set")
+    add("--data-set", default="IMNET", type=str,
+        choices=["CIFAR100", "CIFAR10", "IMNET", "SEMI-IMNET", "INAT", "INAT19", "SEMI-INAT",
+                 "SEMI-PLACES205", "5PER-SEMI-PLACES205", "1PER-SEMI-PLACES205"],
+        help="data set; IMNET, INAT and INAT19 are labelled throughout and train supervised only")
+    add("--inat-category", default="name", type=str,
+        choices=["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"],
+        help="level of the taxonomy that makes the classes of INAT and INAT19")
+    add("--data-split-file", default=NONE, type=str,
+        help="file that names the labelled images of SEMI-IMNET, one a line; None: all images are labelled")
+    add("--split-folder", default=NONE, type=str, help="folder of the lists of labelled, unlabelled and "
+        "validation images of Places205")
+    add("--select-ratio", default=1.0, type=float,
+        help="share of the training images that are labelled, above 0 and at most 1; below 1 it overrides "
+             "--data-split-file")
+    add("--unlabelDataset_exclude_labeledData", action="store_true",
+        help="leave the labelled images out of the unlabelled set")
+
+
+def _semi_flags(parser):
+    add = _group(parser, "semi-supervised objective")
+    add("--supervise-only", action="store_true", help="train on the labelled images alone")
+    add("--semi-start-epoch", default=0, type=int,
+        help="first epoch, counted from 0, with unlabelled images; before it a batch is all labelled")
+    add("--mu", default=0.166666667, type=float, help="labelled / (labelled + unlabelled) images of a batch, "
+        "above 0 and below 1")
+    add("--pseudo-type", default="cnn", type=str, choices=["cnn", "transformer", "fuse", "softmax_fuse",
+        "Vote_equal", "Vote_cnnBias", "Vote_larger", "Vote_larger2", "Vote_equal2", "weight_v1", "weight_v2",
+        "weight_v3", "weight_v4", "weight_v5", "weight_v6"],
+        help="policy that makes the pseudo label and its weight from both streams' logits of the weak view")
+    add("--temperature", default=1.0, type=float,
+        help="divisor of the weak logits before the softmax that makes the pseudo label")
+    add("--threshold", default=0.7, type=float,
+        help="lowest probability, 0 to 1, at which a pseudo label counts")
+    add("--semi-lambda", default=10.0, type=float,
+        help="weight of the unlabelled loss; the labelled loss has 1")
+    add("--unlabel-smooth", action="store_true", help="smooth the pseudo labels too, by --smoothing")
+    add("--mask-cnn-ratio", default=1.0, type=float, help="weight of the CNN stream in the labelled loss")
+    add("--mask-transformer-ratio", default=1.0, type=float, help="weight of the transformer stream in the "
+        "labelled loss")
+    add("--mask-cnn-ratio-u", default=1.0, type=float, help="weight of the CNN stream in the unlabelled loss")
+    add("--mask-transformer-ratio-u", default=1.0, type=float, help="weight of the transformer stream in the "
+        "unlabelled loss")
+
+
+def _consistency_flags(parser):
+    add = _group(parser, "feature consistency of the weak and the strong view")
+    add("--dual-consistency", action="store_true",
+        help="add the consistency loss, summed over streams and anchors")
+    add("--consistency-start-epoch", default=-1, type=int,
+        help="first epoch, counted from 0, with the consistency loss, never before --semi-start-epoch; -1: "
+             "with it")
+    add("--consistency-type", default="triplet", choices=["triplet", "infonce"],
+        help="which consistency loss")
+    add("--consistency-lambda", default=0.5, type=float, help="weight of the consistency loss")
+    add("--infonce-T", default=1.0, type=float,
+        help="temperature: divisor of the cosines in the InfoNCE loss")
+    add("--margin", default=0.5, type=float, help="margin of the triplet loss, in units of --dis-type")
+    add("--dis-type", default="cos", choices=["cos", "l2"],
+        help="cosine similarity or Euclidean distance in the triplet loss")
+    add("--anchor-type", default="weak", choices=["weak", "strong", "both"],
+        help="view that anchors the loss")
+
+
+def _augmentation_flags(parser):
+    add = _group(parser, "augmentation and label smoothing")
+    add("--color-jitter", type=float, default=0.4, metavar="PCT",
+        help="strength of the colour jitter, a factor of 1 +- PCT; only without --aa")
+    add("--aa", type=str, default="rand-m9-mstd0.5-inc1", metavar="NAME",
+        help="AutoAugment or RandAugment policy in timm's notation; an empty string: none")
+    add("--smoothing", type=float, default=0.1, help="label smoothing of the labelled loss, 0 to 1")
+    add("--train-interpolation", type=str, default="bicubic",
+        help="resampling of the labelled and strong views' crop: random, bilinear or bicubic")
+    add("--repeated-aug", action="store_true", default=True,
+        help="repeated augmentation: each labelled image three times in a row, dealt over the processes")
+    add("--no-repeated-aug", action="store_false", dest="repeated_aug",
+        help="each labelled image once a pass; the default shown is that of --repeated-aug")
+    add("--reprob", type=float, default=0.25, metavar="PCT", help="probability of random erasing, 0 to 1")
+    add("--remode", type=str, default="pixel",
+        help="filling of an erased area: const (zero), rand (one normal colour) or pixel (normal noise)")
+    add("--recount", type=int, default=1, help="largest number of erased areas of an image")
+
+
+def _mixup_flags(parser):
+    add = _group(parser, "mixup and cutmix of the labelled images")
+    add("--mixup", type=float, default=0.8, help="alpha of mixup's beta distribution; 0: no mixup")
+    add("--cutmix", type=float, default=1.0, help="alpha of cutmix's beta distribution; 0: no cutmix")
+    add("--cutmix-minmax", type=float, nargs="+", default=None,
+        help="smallest and largest side of the cutmix area as shares of the image's; replaces --cutmix's "
+             "alpha; None: off")
+    add("--mixup-prob", type=float, default=1.0, help="probability that a batch is mixed, 0 to 1")
+    add("--mixup-switch-prob", type=float, default=0.5,
+        help="probability of cutmix where both are on, 0 to 1")
+    add("--mixup-mode", type=str, default="batch", help="unit that draws its own mixing: batch, pair or elem")
+
+
+def _optimizer_flags(parser):
+    add = _group(parser, "optimizer")
+    add("--opt", default="adamw", type=str, metavar="OPTIMIZER", help="optimizer by timm's name")
+    add("--opt-eps", default=1e-8, type=float, metavar="EPSILON", help="epsilon of the optimizer")
+    add("--opt-betas", default=None, type=float, nargs="+", metavar="BETA",
+        help="betas of the optimizer; None: its own")
+    add("--clip-grad", type=float, default=None, metavar="NORM",
+        help="largest L2 norm of the gradient; None: no clipping")
+    add("--momentum", type=float, default=0.9, metavar="M", help="momentum of SGD and its kin")
+    add("--weight-decay", type=float, default=0.05, help="weight decay; biases and 1-d parameters have none")
+
+
+def _schedule_flags(parser):
+    add = _group(parser, "learning rate")
+    add("--sched", default="cosine", type=str, metavar="SCHEDULER",
+        help="schedule by timm's name, stepped once an epoch")
+    add("--lr", type=float, default=5e-4, metavar="LR",
+        help="peak learning rate, absolute: not scaled by the batch")
+    add("--warmup-lr", type=float, default=1e-6, metavar="LR",
+        help="learning rate at which the warm-up starts")
+    add("--min-lr", type=float, default=1e-5, metavar="LR", help="learning rate at which the schedule ends")
+    add("--warmup-epochs", type=int, default=5, metavar="N", help="epochs of linear warm-up")
+    add("--cooldown-epochs", type=int, default=10, metavar="N",
+        help="epochs at --min-lr after a cyclic schedule, or after a drop of the plateau schedule")
+    add("--patience-epochs", type=int, default=10, metavar="N",
+        help="epochs without progress before the plateau schedule drops the rate")
+    add("--decay-epochs", type=float, default=30, metavar="N",
+        help="epochs between drops of the step schedule")
+    add("--decay-rate", "--dr", type=float, default=0.1, metavar="RATE", help="factor of one drop")
+    add("--lr-noise", type=float, nargs="+", default=None, metavar="SHARE",
+        help="share of --epochs from which, or two between which, noise is added to the rate; None: off")
+    add("--lr-noise-pct", type=float, default=0.67, metavar="SHARE",
+        help="largest noise as a share of the rate")
+    add("--lr-noise-std", type=float, default=1.0, metavar="STD", help="standard deviation of the noise")
+
+
+def _ema_flags(parser):
+    add = _group(parser, "moving average of the weights (EMA)")
+    add("--model-ema", action="store_true", default=True, help="keep an EMA of weights and buffers")
+    add("--no-model-ema", action="store_false", dest="model_ema",
+        help="keep none; the default shown is that of --model-ema")
+    add("--model-ema-decay", type=float, default=0.99996,
+        help="share of the old average kept in a step, 0 to 1")
+    add("--model-ema-force-cpu", action="store_true", help="keep the average in main memory")
+
+
+def _checkpoint_flags(parser):
+    add = _group(parser, "files: output, resume and initial weights")
+    add("--output_dir", default="", help="folder of checkpoints and log.txt; empty: nothing is saved")
+    add("--resume", default="", help="checkpoint to go on from, a path or an https URL; empty: a fresh start")
+    add("--finetune", default="",
+        help="checkpoint whose weights to start from; a head of another shape is left out; empty: none")
+    for name, what in (("dino", "the transformer stream's weights from a bare ViT state dict"),
+                       ("semiformer", "everything but the heads from a checkpoint of the same network"),
+                       ("resnet", "everything but the last layer from a ResNet checkpoint"),
+                       ("warmup-model", "all weights, and no other state, from a checkpoint")):
+        add(f"--{name}-load", action="store_true", help=f"load {what}, named by --{name}-load-file")
+        add(f"--{name}-load-file", default=NONE, type=str, help=f"path that --{name}-load reads")
+
+
+def _hardware_flags(parser):
+    add = _group(parser, "device, precision and loading")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device to train on; cuda where there is a GPU, else cpu")
+    add("--amp", default=None, choices=["auto", "off", "fp16", "bf16"],
+        help="mixed precision: auto = bf16 where the GPU has it, else fp16 with a gradient scaler, off on a "
+             "CPU; None: auto")
+    add("--use-native-amp", action="store_true", help="the published name of --amp auto")
+    add("--no-amp", action="store_true", help="the published name of --amp off")
+    add("--num_workers", default=10, type=int,
+        help="worker processes of a data loader; 0: load in the training process")
+    add("--pin-mem", action="store_true", default=True,
+        help="pin batches in host memory, for faster copies to the GPU")
+    add("--no-pin-mem", action="store_false", dest="pin_mem", help="do not pin; the default shown is that of "
+        "--pin-mem")
+
+
+def _distributed_flags(parser):
+    add = _group(parser, "process group")
+    add("--world_size", default=1, type=int,
+        help="number of processes, one a GPU; torchrun and Slurm set their own")
+    add("--dist_url", default="env://", help="address at which the processes meet")
+    add("--use_submitit", default=False, type=boolean, metavar="{true,false}",
+        help="processes are started by submitit: take rank and world size from Slurm's environment and "
+             "refuse to start without it")
+
+
+def _no_effect_flags(parser):
+    silent = {"action": NoEffect, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    parser.add_argument("--opt-level", **silent)
+    for flag in ("--cross-attn", "--cnn2trans", "--trans2cnn", "--resplit"):
+        parser.add_argument(flag, nargs=0, **silent)
+
+
+def requested_amp(args):
+    """'auto', 'off', 'fp16' or 'bf16', from the three flags that can say it."""
+    asked = [("--use-native-amp", "auto")] if args.use_native_amp else []
+    asked += [("--no-amp", "off")] if args.no_amp else []
+    asked += [(f"--amp {args.amp}", args.amp)] if args.amp is not None else []
+    for flag, precision in asked[1:]:
+        if precision != asked[0][1]:
+            raise ValueError(f"{asked[0][0]} and {flag} disagree: keep one of them")
+    return asked[0][1] if asked else "auto"
+
+
+def semi_supervised(args):
+    """Whether any epoch may use unlabelled images."""
+    return not args.supervise_only and args.data_set not in SUPERVISED_DATA_SETS
+
+
+def labelled_and_unlabelled(args):
+    """Images per process and step in the semi-supervised phase: (13, 95) for a batch of 108 and mu 0.125."""
+    labelled = int(args.batch_size * args.mu)
+    return labelled, args.batch_size - labelled
+
+
+_LIMITS = {
+    "must be at least 1": (
+        lambda x: x >= 1, ("--epochs", "--batch-size", "--evaluate-freq", "--input-size")),
+    "must be 0 or more": (
+        lambda x: x >= 0,
+        ("--steps-per-epoch", "--num_workers", "--semi-lambda", "--consistency-lambda", "--mask-cnn-ratio",
+         "--mask-transformer-ratio", "--mask-cnn-ratio-u", "--mask-transformer-ratio-u")),
+    "must be above 0": (lambda x: x > 0, ("--temperature", "--infonce-T")),
+    "must be from 0 to 1": (lambda x: 0 <= x <= 1, ("--threshold",)),
+    "must be 0 or more and below 1": (lambda x: 0 <= x < 1, ("--smoothing", "--drop", "--drop-path")),
+    "must be above 0 and at most 1": (lambda x: 0 < x <= 1, ("--select-ratio",)),
+}
+
+
+def check(args):
+    """Refuse flags that are wrong by themselves: a ValueError with one sentence that names them."""
+    for rule, (holds, flags) in _LIMITS.items():
+        for flag in flags:
+            value = _value(args, flag)
+            if not holds(value):
+                raise ValueError(f"{flag} {value} {rule}")
+    requested_amp(args)
+    if not args.eval:
+        _check_shares(args)
+        _check_mixup(args)
+
+
+def _check_shares(args):
+    if not 0 <= args.mu <= 1:
+        raise ValueError(f"--mu {args.mu} must be above 0 and below 1: it is the labelled share of a batch")
+    if not semi_supervised(args):
+        return
+    labelled, unlabelled = labelled_and_unlabelled(args)
+    batch = f"in a batch of {args.batch_size} (--batch-size)"
+    if labelled == 0:
+        raise ValueError(f"--mu {args.mu} leaves no labelled image {batch}: raise --mu or --batch-size")
+    if unlabelled == 0:
+        raise ValueError(f"--mu {args.mu} leaves no unlabelled image {batch}: lower --mu, or pass "
+                         "--supervise-only to train without them")
+
+
+def _check_mixup(args):
+    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
+        return
+    rule = "mixup and cutmix mix a batch with its own reverse, so the labelled batch must be even"
+    remedy = "change them or pass --mixup 0 --cutmix 0"
+    labelled, _ = labelled_and_unlabelled(args)
+    if semi_supervised(args) and labelled % 2:
+        raise ValueError(f"{rule}: --batch-size {args.batch_size} with --mu {args.mu} gives {labelled}; "
+                         f"{remedy}")
+    if (args.semi_start_epoch > 0 or not semi_supervised(args)) and args.batch_size % 2:
+        raise ValueError(f"{rule}: --batch-size {args.batch_size} is odd and all of it is labelled in the "
+                         f"supervised phase; {remedy}")
+
+
+_BUILT = {  # the values that work today
+    "--data-set": ("IMNET", "SEMI-IMNET"),
+    "--inat-category": ("name",),
+    "--select-ratio": (1.0,),
+    "--split-folder": (NONE,),
+    "--finetune": ("",),
+    "--dino-load": (False,), "--dino-load-file": (NONE,),
+    "--semiformer-load": (False,), "--semiformer-load-file": (NONE,),
+    "--resnet-load": (False,), "--resnet-load-file": (NONE,),
+    "--warmup-model-load": (False,), "--warmup-model-load-file": (NONE,),
+}
+
+
+def not_built(args):
+    """Answer what is published and missing here, so far, with a NotImplementedError."""
+    for flag, built in _BUILT.items():
+        value = _value(args, flag)
+        if value not in built:
+            asked = flag if value is True else f"{flag} {value}"
+            raise NotImplementedError(f"{asked} is not built yet")
+    if args.resume.startswith("http"):
+        raise NotImplementedError(f"--resume {args.resume} is not built yet: download it and pass its path")
+
+
+def _value(args, flag):
+    return getattr(args, flag.lstrip("-").replace("-", "_"))

@@ -1,0 +1,319 @@
+"""Train or evaluate Semiformer: builds everything from the flags, then the epoch loop.
+
+    torchrun --nproc_per_node=8 semi_main.py --data-set SEMI-IMNET --data-path IMAGENET --data-split-file LIST ...
+
+Source of the loop: DeiT (facebookresearch/deit, main.py); of the method: Weng et al., ECCV 2022.
+"""
+
+import argparse
+import sys
+import time
+import traceback
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler_factory import scheduler_kwargs
+from timm.utils import ModelEmaV3
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import options
+import utils
+from checkpoint import TrainState
+from datasets import build_training_sets, build_validation_set
+from engine import evaluate, train_one_epoch
+from loading import evaluation_loader, to_device, training_loader
+from losses import Recipe
+from models import build_model
+from options import get_args_parser
+from samplers import training_order
+from utils import say
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+
+
+def mixed_precision(choice, device):
+    """(autocast context factory, gradient scaler) for --amp; ValueError where the device cannot."""
+    if choice == "auto":
+        if device.type == "cuda":
+            choice = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        else:
+            choice = "off"
+    if choice == "fp16" and device.type != "cuda":
+        raise ValueError(f"--amp fp16 needs a CUDA GPU, and --device is {device.type}: use --amp off or bf16.")
+    dtype = PRECISIONS[choice]
+    autocast = partial(torch.autocast, device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+    return autocast, torch.amp.GradScaler(device.type, enabled=choice == "fp16"), choice
+
+
+def build_optimizer(args, model):
+    """timm's optimizer of the flags; no decay on biases, 1-d parameters and `no_weight_decay`."""
+    return create_optimizer_v2(model, **optimizer_kwargs(args))
+
+
+def build_scheduler(args, optimizer):
+    """timm's schedule of the flags, stepped once an epoch, after it, with the epoch's own index."""
+    return create_scheduler_v2(optimizer, **scheduler_kwargs(args))[0]
+
+
+def learning_rates(args):
+    """The learning rate in force in each epoch, (epochs,); a plateau schedule is shown without any plateau."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.lr)
+    scheduler = build_scheduler(args, optimizer)
+    rates = []
+    for epoch in range(args.epochs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        # released code: the index is the finished epoch's, so epochs 0 and 1 share the first value.
+        scheduler.step(epoch, metric=epoch)
+    return rates
+
+
+def _mixup(args, num_classes):
+    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
+        return None
+    return Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
+                 label_smoothing=args.smoothing, num_classes=num_classes)  # fmt: skip
+
+
+def _network(args, num_classes):
+    return build_model(args.model, num_classes, args.input_size, args.drop, args.drop_path, args.drop_block, args.remove_fcu)
+
+
+def _distributed(model, device):
+    """The network as it trains: DDP-wrapped where there are several processes."""
+    if not dist.is_initialized():
+        return model
+    unused = model.unused_parameters() if hasattr(model, "unused_parameters") else []
+    # They would make DDP wait for gradients that never come.
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, unused)
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def _evaluate(args, model, views, device, autocast):
+    world, rank = utils.world_and_rank()
+    loader = evaluation_loader(views, int(3 * args.batch_size), world=world, rank=rank,
+                               num_workers=args.num_workers, pin_memory=args.pin_mem and device.type == "cuda")  # fmt: skip
+    return evaluate(model, to_device(loader, device), autocast=autocast)
+
+
+def _summary(name, meters):
+    figures = {"": "acc1", "CNN": "acc1_head1", "transformer": "acc1_head2", "softmax mean": "acc1_softmax", "top-5": "acc5"}
+    words = [f"{label} {meters[key]:.3f}".strip() for label, key in figures.items() if key in meters]
+    return f"* {name} top-1 {', '.join(words)}, loss {meters['loss']:.4f}, {meters['images']} images"
+
+
+def evaluate_checkpoint(args, device):
+    """`--eval`: the raw and the averaged weights of `--resume` on `val/`; writes OUTPUT/eval.json."""
+    if not args.resume:
+        raise ValueError("--eval needs --resume CHECKPOINT, the file to evaluate.")
+    views = build_validation_set(args)
+    classes = len(views.samples.classes)
+    model = _network(args, classes).to(device)
+    autocast, _, precision = mixed_precision(options.requested_amp(args), device)
+    content = checkpoint.read(args.resume)
+    checkpoint.load_weights(model, checkpoint.weights_in(content, args.resume), args.resume)
+    meters = _evaluate(args, model, views, device, autocast)
+    say(_summary("raw", meters))
+    if "model_ema" in content:
+        checkpoint.load_weights(model, content["model_ema"], f"{args.resume} (model_ema)")
+        meters["ema"] = _evaluate(args, model, views, device, autocast)
+        say(_summary("EMA", meters["ema"]))
+    meters |= {"classes": classes, "checkpoint": args.resume, "epoch": content.get("epoch"), "amp": precision}
+    if args.output_dir and utils.is_main():
+        utils.write_json(Path(args.output_dir, "eval.json"), meters)
+    return meters
+
+
+class Run:
+    """One training run: what the flags build, its plan, and its files."""
+
+    def __init__(self, args, device):
+        self.args, self.device = args, device
+        self.world, self.rank = utils.world_and_rank()
+        self.labelled, self.unlabelled = build_training_sets(args, options.semi_supervised(args))
+        classes = self.labelled.samples.classes
+        self.validation = build_validation_set(args, classes)
+        self.recipe = Recipe.from_args(args)
+        self.mixup = _mixup(args, len(classes))
+        self.autocast, scaler, self.precision = mixed_precision(options.requested_amp(args), device)
+        model = _network(args, len(classes)).to(device)
+        self.n_parameters = sum(p.numel() for p in model.parameters())
+        optimizer = build_optimizer(args, model)
+        self.state = TrainState(model, optimizer, build_scheduler(args, optimizer), scaler)
+        # Both orders exist before the first step, so that a set too small is found now and not in epoch 30.
+        self.labelled_order, self.unlabelled_order = (
+            views and training_order(len(views), self.world, self.rank, args.seed, args.repeated_aug)
+            for views in (self.labelled, self.unlabelled)
+        )
+        self.phases = {semi: self._phase(semi) for semi in {self.is_semi(0), self.is_semi(args.epochs - 1)}}
+        self._load()
+        if args.model_ema:
+            self.state.ema = self.state.ema or self._average()
+        self.student = _distributed(model, device)
+
+    def _average(self):
+        device = "cpu" if self.args.model_ema_force_cpu else None
+        return ModelEmaV3(self.state.model, decay=self.args.model_ema_decay, device=device)
+
+    def _load(self):
+        args, state = self.args, self.state
+        if args.resume:
+            state.ema = self._average() if args.model_ema else None
+            state.from_dict(checkpoint.read(args.resume), args.resume)
+        elif args.start_epoch:
+            state.epoch = args.start_epoch - 1
+            state.scheduler.step(state.epoch)
+
+    def is_semi(self, epoch):
+        """Whether the epoch uses unlabelled images."""
+        return self.unlabelled is not None and self.recipe.is_semi(epoch)
+
+    def _phase(self, semi):
+        """(labelled batch, unlabelled batch, steps) of an epoch. ValueError where there is no full batch."""
+        args = self.args
+        sizes = options.labelled_and_unlabelled(args) if semi else (args.batch_size, 0)
+        if args.steps_per_epoch:
+            return *sizes, args.steps_per_epoch
+        for what, order, size in zip(("labelled", "unlabelled"), (self.labelled_order, self.unlabelled_order), sizes):
+            if size and len(order) < size:
+                raise ValueError(
+                    f"{len(order)} {what} images a process do not make one batch of {size}: lower --batch-size, "
+                    "or set --steps-per-epoch, which repeats images."
+                )
+        return *sizes, len(self.labelled_order) // sizes[0]
+
+    def describe(self):
+        """Say what will happen, and keep it in OUTPUT/run.json before the first step."""
+        args, rates = self.args, learning_rates(self.args)
+        say(f"{args.model}: {self.n_parameters:,} parameters, {len(self.labelled.samples.classes)} classes, amp {self.precision}")
+        say(f"{len(self.labelled):,} labelled, {len(self.unlabelled or ()):,} unlabelled, {len(self.validation):,} validation images")
+        phases = {}
+        for semi, (labelled, unlabelled, steps) in sorted(self.phases.items()):
+            name = "semi-supervised" if semi else "supervised"
+            phases[name] = {"labelled": labelled, "unlabelled": unlabelled, "steps_per_epoch": steps}
+            say(f"{name}: {labelled} + {unlabelled} images a process and step, "
+                f"{(labelled + unlabelled) * self.world} in all on {self.world} process(es); {steps} steps an epoch")  # fmt: skip
+        shown = sorted({0, 1, 2, args.warmup_epochs + 1, args.epochs // 2, args.epochs - 1} & set(range(args.epochs)))
+        say("learning rate: " + ", ".join(f"{rates[e]:.3g} in epoch {e}" for e in shown))
+        if not args.output_dir:
+            say("No --output_dir: nothing of this run is saved.")
+        elif utils.is_main():
+            record = {"args": vars(args), "environment": utils.environment(), "n_parameters": self.n_parameters,
+                      "world_size": self.world, "amp": self.precision, "phases": phases}  # fmt: skip
+            utils.write_json(Path(args.output_dir, "run.json"), record)
+
+    def train_epoch(self, epoch):
+        """One epoch of training; returns its meters."""
+        args, semi = self.args, self.is_semi(epoch)
+        labelled_batch, unlabelled_batch, steps = self.phases[semi]
+        utils.seed_everything(args.seed, epoch, self.rank)
+
+        def batches(views, order, size, stream):
+            loader = training_loader(views, order, size, steps, seed=args.seed, epoch=epoch, rank=self.rank,
+                                     num_workers=args.num_workers, stream=stream,
+                                     pin_memory=args.pin_mem and self.device.type == "cuda")  # fmt: skip
+            return to_device(loader, self.device)
+
+        return train_one_epoch(
+            self.state, self.student, self.state.model,
+            batches(self.labelled, self.labelled_order, labelled_batch, 0),
+            batches(self.unlabelled, self.unlabelled_order, unlabelled_batch, 1) if semi else None,
+            self.recipe, epoch=epoch, steps=steps, autocast=self.autocast, mixup=self.mixup, clip_grad=args.clip_grad,
+        )  # fmt: skip
+
+    def evaluate(self):
+        """Meters of the raw weights, and of the averaged ones under `ema_<meter>`."""
+        meters = _evaluate(self.args, self.state.model, self.validation, self.device, self.autocast)
+        say(_summary("raw", meters))
+        if self.state.ema is not None:
+            on_cpu = self.args.model_ema_force_cpu and self.device.type == "cuda"
+            average = deepcopy(self.state.ema.module).to(self.device) if on_cpu else self.state.ema.module
+            averaged = _evaluate(self.args, average, self.validation, self.device, self.autocast)
+            say(_summary("EMA", averaged))
+            meters |= {f"ema_{name}": value for name, value in averaged.items() if name != "images"}
+        meters.pop("images")
+        return meters
+
+    def save(self, *names):
+        """Write the state under these names of the output folder."""
+        if self.args.output_dir and utils.is_main():
+            content = self.state.to_dict(self.args)
+            for name in names:
+                checkpoint.save(content, Path(self.args.output_dir, name))
+
+    def is_fork(self, epoch):
+        """Whether ablations fork here: the last epoch before the semi or the consistency start."""
+        recipe = self.recipe
+        starts = {recipe.semi_start_epoch} if self.unlabelled is not None else set()
+        if starts and recipe.dual_consistency:
+            starts.add(max(recipe.semi_start_epoch, recipe.consistency_start_epoch))
+        return epoch + 1 in starts
+
+    def finish_epoch(self, epoch, train_meters):
+        """Schedule, evaluation, checkpoints and log line of a trained epoch."""
+        args, state = self.args, self.state
+        measured = epoch % args.evaluate_freq == 0 or epoch == args.epochs - 1
+        names = [f"epoch_{epoch}_checkpoint.pth"] if self.is_fork(epoch) else []
+        state.epoch = epoch
+        if measured or names:
+            utils.broadcast_buffers(state.model, *([state.ema.module] if state.ema is not None else []))
+        if measured:
+            meters = self.evaluate()
+            names.append("checkpoint.pth")
+            if meters["acc1"] > state.best["acc1"] or state.best["epoch"] < 0:
+                state.best = {"acc1": meters["acc1"], "epoch": epoch}
+                names.append("best.pth")
+        state.scheduler.step(epoch, metric=state.best["acc1"] if not measured else meters["acc1"])
+        self.save(*names)
+        if measured and args.output_dir and utils.is_main():
+            record = {f"train_{k}": v for k, v in train_meters.items()} | {f"test_{k}": v for k, v in meters.items()}
+            utils.append_json_line(Path(args.output_dir, "log.txt"), record | {"epoch": epoch, "n_parameters": self.n_parameters})
+
+
+def train(args, device):
+    """Train from the flags' start to `--epochs`; returns the Run."""
+    utils.seed_everything(args.seed)  # the same initial weights on every rank
+    run = Run(args, device)
+    run.describe()
+    first, start = run.state.epoch + 1, time.time()
+    if first >= args.epochs:
+        say(f"Nothing left to train: {args.resume or 'the start'} is at epoch {first - 1} of --epochs {args.epochs}.")
+    for epoch in range(first, args.epochs):
+        run.finish_epoch(epoch, run.train_epoch(epoch))
+    best = run.state.best
+    say(f"Trained in {time.time() - start:.0f} s; best top-1 {best['acc1']:.3f} in epoch {best['epoch']}.")
+    return run
+
+
+def main(args):
+    """Run what the flags ask for. Raises ValueError, FileNotFoundError or NotImplementedError for bad input."""
+    options.check(args)
+    options.not_built(args)
+    device = utils.init_distributed(args.device, args.dist_url, args.world_size, args.use_submitit)
+    if args.output_dir:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    (evaluate_checkpoint if args.eval else train)(args, device)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _is_ours(error):
+    """Whether our own code raised it to speak to the user; a library's error keeps its traceback."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return raised_in.is_relative_to(Path(__file__).parent) and "site-packages" not in raised_in.parts
+
+
+if __name__ == "__main__":
+    arguments = argparse.ArgumentParser("semi_main.py", parents=[get_args_parser()]).parse_args()
+    try:
+        main(arguments)
+    except (ValueError, OSError, NotImplementedError, FloatingPointError) as error:
+        if not _is_ours(error):
+            raise
+        sys.exit(f"semi_main.py: error: {error}")

@@ -1,0 +1,139 @@
+"""Saving and loading: whole files, nothing foreign executed, every mismatch named."""
+
+import argparse
+import os
+import pathlib
+import pickle
+
+import pytest
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import checkpoint
+from checkpoint import TrainState
+
+
+def state_of(classes=3, seed=0, ema=True):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, classes))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    average = ModelEmaV3(model, decay=0.5) if ema else None
+    return TrainState(model, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False), average)
+
+
+def advance(state, steps=3):
+    for k in range(steps):
+        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(k))
+        state.optimizer.zero_grad()
+        state.model(x).square().mean().backward()
+        state.optimizer.step()
+        state.ema and state.ema.update(state.model)
+        state.scheduler.step()
+        state.epoch += 1
+
+
+def equal(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values()))
+
+
+def test_a_loaded_state_goes_on_to_the_bit(tmp_path):
+    whole, first = state_of(), state_of()
+    advance(whole, 3), advance(first, 3)
+    first.best = {"acc1": 61.5, "epoch": 1}
+    checkpoint.save(first.to_dict(argparse.Namespace(lr=1)), tmp_path / "checkpoint.pth")
+    second = state_of(seed=9)
+    second.from_dict(checkpoint.read(tmp_path / "checkpoint.pth"), "checkpoint.pth")
+    assert second.epoch == 2 and second.best == first.best
+    assert equal(second.ema.module, first.ema.module) and not equal(second.ema.module, second.model)
+    advance(whole, 2), advance(second, 2)
+    assert equal(whole.model, second.model) and equal(whole.ema.module, second.ema.module)
+    assert whole.scheduler.state_dict() == second.scheduler.state_dict()
+
+
+def test_the_file_has_the_published_keys_and_replaces_the_old_one_whole(tmp_path, monkeypatch):
+    path, state = tmp_path / "checkpoint.pth", state_of()
+    checkpoint.save(state.to_dict(argparse.Namespace()), path)
+    published = {"model", "optimizer", "lr_scheduler", "epoch", "model_ema", "args"}
+    assert set(checkpoint.read(path)) == published | {"scaler", "best"}
+    assert os.listdir(tmp_path) == ["checkpoint.pth"]
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(state.to_dict(argparse.Namespace(lr=2)), path)
+    assert path.read_bytes() == before
+
+
+def test_a_published_file_loads_with_its_namespace_and_paths(tmp_path):
+    state = state_of()
+    content = {**state.to_dict(None), "args": argparse.Namespace(lr=1e-3, output_dir=pathlib.PosixPath("out"), gpu=0)}
+    del content["scaler"], content["best"]
+    torch.save(content, tmp_path / "semiformer.pth")
+    loaded = checkpoint.read(tmp_path / "semiformer.pth")
+    assert loaded["args"].lr == 1e-3 and str(loaded["args"].output_dir) == "out"
+    other = state_of(seed=4)
+    other.from_dict(loaded, "semiformer.pth")
+    assert equal(other.model, state.model) and other.epoch == -1 and other.best == {"acc1": 0.0, "epoch": -1}
+
+
+def test_a_bare_state_dict_gives_weights_alone_and_says_so(tmp_path, capsys):
+    state, other = state_of(), state_of(seed=4)
+    torch.save(state.model.state_dict(), tmp_path / "bare.pth")
+    other.from_dict(checkpoint.read(tmp_path / "bare.pth"), "bare.pth")
+    assert equal(other.model, state.model) and equal(other.ema.module, state.model) and other.epoch == -1
+    said = capsys.readouterr().out
+    assert "bare.pth holds no model_ema" in said and "bare.pth lacks optimizer, lr_scheduler, epoch" in said
+
+
+class Hostile:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+def test_a_hostile_pickle_is_refused_and_runs_nothing(tmp_path):
+    mark, path = tmp_path / "executed", tmp_path / "evil.pth"
+    torch.save({"model": state_of().model.state_dict(), "args": Hostile(mark)}, path)
+    with pytest.raises(ValueError, match=r"Refused to load .*evil\.pth.*system"):
+        checkpoint.read(path)
+    assert not mark.exists()
+    with open(path, "rb"):
+        pickle.loads(pickle.dumps(Hostile(mark)))
+    assert mark.exists()  # the same object does run code where pickle is trusted
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
+def test_a_damaged_file_is_named(tmp_path, damage):
+    path = tmp_path / "checkpoint.pth"
+    torch.save(state_of().to_dict(None), path)
+    path.write_bytes({"truncated": path.read_bytes()[:1000], "empty": b"", "text": b"not a checkpoint\n"}[damage])
+    with pytest.raises(ValueError, match=r"checkpoint\.pth"):
+        checkpoint.read(path)
+    with pytest.raises(FileNotFoundError, match="There is no checkpoint .*none.pth"):
+        checkpoint.read(tmp_path / "none.pth")
+
+
+def test_other_networks_and_class_counts_are_named():
+    model, weights = state_of(3).model, state_of(7).model.state_dict()
+    with pytest.raises(ValueError, match="The head in a.pth has 7 classes, but the data has 3 class folders"):
+        checkpoint.load_weights(model, weights, "a.pth")
+    with pytest.raises(ValueError, match=r"a.pth is of another network: it lacks 1 tensors of this one \['2.bias'\]"):
+        checkpoint.load_weights(model, {k: v for k, v in model.state_dict().items() if k != "2.bias"}, "a.pth")
+    with pytest.raises(ValueError, match=r"and has 1 others \['x'\]"):
+        checkpoint.load_weights(model, {**model.state_dict(), "x": torch.zeros(1)}, "a.pth")
+    wide = {**model.state_dict(), "0.weight": torch.zeros(5, 9)}
+    with pytest.raises(ValueError, match=r"0.weight is \(5, 9\) there, \(5, 4\) here"):
+        checkpoint.load_weights(model, wide, "a.pth")
+    with pytest.raises(ValueError, match="a.pth holds no state dict"):
+        checkpoint.weights_in({"epoch": 3}, "a.pth")
+
+
+def test_an_optimizer_of_another_kind_is_named():
+    state = state_of()
+    content = state.to_dict(None)
+    content["optimizer"] = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1).state_dict()
+    with pytest.raises(ValueError, match="The optimizer state in a.pth is not of this network and --opt"):
+        state.from_dict(content, "a.pth")

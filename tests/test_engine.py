@@ -1,0 +1,243 @@
+"""The step, the epoch and the evaluation against the published numbers and obvious slow versions."""
+
+import argparse
+from contextlib import nullcontext
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from reference import fill, images, load
+from timm.data import Mixup
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn import functional as F
+
+import semi_main
+from checkpoint import TrainState
+from engine import evaluate, evaluating, train_one_epoch, train_step
+from losses import Recipe
+from models import build_model
+from options import get_args_parser
+
+torch.set_num_threads(2)
+TRACE, RATES = load("trace.json"), load("lr.json")
+
+
+def flags(*words):
+    return argparse.ArgumentParser(parents=[get_args_parser()]).parse_args(list(words))
+
+
+def state_of(model, *words, ema=0.9):
+    args = flags("--lr", "1e-3", *words)
+    optimizer = semi_main.build_optimizer(args, model)
+    average = ModelEmaV3(model, decay=ema) if ema else None
+    return TrainState(model, optimizer, semi_main.build_scheduler(args, optimizer), torch.amp.GradScaler(enabled=False), average)
+
+
+def trace_batches(k):
+    rng = np.random.Generator(np.random.PCG64(31000 + k))
+    labelled = torch.from_numpy(rng.standard_normal((3, 3, 64, 64)))
+    labels = torch.from_numpy(rng.integers(0, 10, 3))
+    strong, weak = (torch.from_numpy(rng.standard_normal((5, 3, 64, 64))) for _ in range(2))
+    return (labelled, labels), (strong, weak, torch.full((5,), -1))
+
+
+def test_six_steps_equal_the_published_ones():
+    model = fill(build_model("Semiformer_small_patch16", 10, channel_ratio=1, embed_dim=96, num_heads=3), 31)
+    state = state_of(model, "--warmup-epochs", "0")
+    assert state.optimizer.defaults["eps"] == 1e-8 and type(state.optimizer).__name__ == "AdamW"
+    recipe = Recipe(threshold=0.6, semi_lambda=4.0, unlabel_smooth=True, semi_start_epoch=30)
+    for k, reference in enumerate(TRACE["trace"]):
+        labelled, unlabelled = trace_batches(k)
+        model.train()
+        parts, _ = train_step(state, model, model, labelled, unlabelled if k >= 2 else None, recipe, autocast=nullcontext)
+        assert state.optimizer.param_groups[0]["lr"] == reference.pop("lr")
+        assert set(parts) == set(reference)
+        for name, value in reference.items():
+            assert parts[name].item() == pytest.approx(value, rel=1e-7), (k, name)
+
+    def norms(tensors):
+        return {name: tensor.double().norm().item() for name, tensor in tensors}
+
+    assert norms(model.named_parameters()) == pytest.approx(TRACE["param_norms"], rel=1e-6)
+    assert norms(state.ema.module.named_parameters()) == pytest.approx(TRACE["ema_param_norms"], rel=1e-6)
+    assert norms(model.named_buffers()) == pytest.approx(TRACE["buffer_norms"], rel=1e-6)
+    with torch.no_grad():
+        ours = model.eval()(images(31099, size=64))
+    for logits, reference in zip(ours, TRACE["final_logits"]):
+        assert np.allclose(logits, reference, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", RATES)
+def test_learning_rates_are_the_published_ones(case):
+    epochs, lr = (part.split("=")[1] for part in case.split(","))
+    ours = semi_main.learning_rates(flags("--epochs", epochs, "--lr", lr))
+    assert ours == pytest.approx(RATES[case], rel=1e-12, abs=0)
+
+
+def test_weight_decay_spares_biases_vectors_and_the_class_token():
+    model = build_model("Semiformer_PE_small_patch16", 10, depth=3)
+    optimizer = semi_main.build_optimizer(flags("--weight-decay", "0.05"), model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] == 0.05 for p in g["params"]}
+    spared = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]}
+    expected = {n for n, p in model.named_parameters() if p.ndim == 1 or n.endswith(".bias") or n == "cls_token"}
+    assert spared == expected and decayed == set(names.values()) - expected and "pos_embed" in decayed
+
+
+class Linear(nn.Module):
+    """Two streams of one linear layer each, fast enough for slow references."""
+
+    def __init__(self, classes=4, streams=2):
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(12, classes) for _ in range(streams))
+        self.norm = nn.BatchNorm1d(12)
+
+    def forward(self, x, ret_feat=False):
+        x = self.norm(x.flatten(1))
+        out = [head(x) for head in self.heads]
+        return {"output": out, "feat": [x] * len(out)} if ret_feat else out
+
+
+def batches(n=3, seed=0, labelled=4, unlabelled=6):
+    g = torch.Generator().manual_seed(seed)
+    for _ in range(n):
+        yield (
+            (torch.randn(labelled, 3, 2, 2, generator=g), torch.randint(4, (labelled,), generator=g)),
+            (*(torch.randn(unlabelled, 3, 2, 2, generator=g) for _ in range(2)), torch.randint(4, (unlabelled,), generator=g)),
+        )
+
+
+def steps(recipe, truth=None, semi=True, streams=2, **settings):
+    torch.manual_seed(1)
+    model = Linear(streams=streams)
+    state = state_of(model)
+    history = []
+    for labelled, unlabelled in batches():
+        if truth is not None:
+            unlabelled = (*unlabelled[:2], torch.full_like(unlabelled[2], truth))
+        model.train()
+        history.append(train_step(state, model, model, labelled, unlabelled if semi else None, recipe,
+                                  autocast=nullcontext, **settings))  # fmt: skip
+    return state, history
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("consistent", [False, True])
+def test_true_classes_of_unlabelled_images_never_leak(streams, consistent):
+    recipe = Recipe(threshold=0.3, dual_consistency=consistent)
+    known, with_truth = steps(recipe, streams=streams, consistent=consistent)
+    unknown, without = steps(recipe, truth=-1, streams=streams, consistent=consistent)
+    for (parts, diagnosis), (same, blind) in zip(with_truth, without):
+        assert all(torch.equal(parts[name], same[name]) for name in parts) and set(parts) == set(same)
+        assert diagnosis["pseudo_acc"][1] > 0 and blind["pseudo_acc"][1] == 0
+        assert torch.equal(diagnosis["mask_rate"][0], blind["mask_rate"][0])
+    for one, other in ((known.model, unknown.model), (known.ema.module, unknown.ema.module)):
+        assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values()))
+
+
+def test_weak_images_come_after_the_running_statistics_moved_and_leave_them_alone():
+    torch.manual_seed(0)
+    model, seen = Linear(), []
+    state = state_of(model)
+    model.norm.register_forward_hook(lambda m, i, o: seen.append((m.training, len(i[0]), m.running_mean.clone())))
+    (labelled, unlabelled), *_ = batches(1)
+    before = model.norm.running_mean.clone()
+    train_step(state, model, model, labelled, unlabelled, Recipe(), autocast=nullcontext)
+    assert [(training, n) for training, n, _ in seen] == [(True, 10), (False, 6)]
+    assert torch.equal(seen[0][2], seen[1][2]) and not torch.equal(seen[0][2], before)
+    assert torch.equal(model.norm.running_mean, seen[1][2]) and model.training
+
+
+def test_clip_grad_bounds_the_norm_the_optimizer_sees():
+    torch.manual_seed(0)
+    model = Linear()
+    state = state_of(model, "--opt", "momentum", "--momentum", "0", "--weight-decay", "0", ema=None)
+    (labelled, _), *_ = batches(1)
+    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    for group in state.optimizer.param_groups:
+        group["lr"] = 1.0
+    train_step(state, model, model, labelled, None, Recipe(), autocast=nullcontext, clip_grad=0.01)
+    moved = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+    assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_mixup_touches_the_labelled_images_only_and_mixes_with_the_reverse():
+    seen = []
+    model = Linear()
+    state = state_of(model, ema=None)
+    (labelled, unlabelled), *_ = batches(1)
+
+    def student(x, ret_feat=False):
+        seen.append(x.clone())
+        return model(x)
+
+    np.random.seed(0)
+    mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=0.0, label_smoothing=0.1, num_classes=4)
+    original = labelled[0].clone()
+    parts, _ = train_step(state, student, model, labelled, unlabelled, Recipe(threshold=0.0), autocast=nullcontext, mixup=mixup)
+    np.random.seed(0)
+    np.random.rand(), (lam := np.random.beta(0.8, 0.8))
+    assert torch.allclose(seen[0][:4], lam * original + (1 - lam) * original.flip(0), atol=1e-6)
+    assert torch.equal(seen[0][4:], unlabelled[0])
+
+
+def test_an_epoch_reports_means_over_its_steps_and_stops_on_a_loss_that_is_not_finite():
+    recipe = Recipe(threshold=0.3)
+    _, history = steps(recipe)
+    torch.manual_seed(1)
+    model = Linear()
+    run = partial(train_one_epoch, state_of(model), model, model, recipe=recipe, epoch=0, steps=3, autocast=nullcontext)
+    both = list(batches())
+    meters = run([b[0] for b in both], [b[1] for b in both])
+    for name in ("loss", "loss_0", "loss_1_u"):
+        assert meters[name] == pytest.approx(np.mean([parts[name].item() for parts, _ in history]), rel=1e-6)
+    kept = [(d["pseudo_acc"][0].item(), d["pseudo_acc"][1].item()) for _, d in history]
+    assert meters["pseudo_acc"] == pytest.approx(sum(v * n for v, n in kept) / sum(n for _, n in kept), rel=1e-6)
+    both[1][0][0][0, 0, 0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"not finite: epoch 0, at or before step 2, on rank\(s\) \[0\]"):
+        run([b[0] for b in both], [b[1] for b in both])
+
+
+def test_evaluation_equals_a_slow_loop_over_images_and_weighs_images_not_batches():
+    torch.manual_seed(0)
+    model = Linear(classes=7).double()
+    data = [(torch.randn(n, 3, 2, 2, dtype=torch.float64), torch.randint(7, (n,)), torch.arange(n)) for n in (5, 5, 2)]
+    ours = evaluate(model.train(), data, autocast=nullcontext)
+    assert model.training
+    sums, total = dict.fromkeys(ours, 0.0), 0
+    with torch.no_grad(), evaluating(model):
+        for image, target in ((x[i : i + 1], int(t[i])) for x, t, _ in data for i in range(len(x))):
+            conv, trans = (logits[0] for logits in model(image))
+            both = (conv.softmax(0) + trans.softmax(0)) / 2
+            for name, score in {"": conv + trans, "_head1": conv, "_head2": trans, "_softmax": both}.items():
+                ranked = score.argsort(descending=True).tolist()
+                sums[f"acc1{name}"] += 100 * (ranked[0] == target)
+                sums[f"acc5{name}"] += 100 * (target in ranked[:5])
+            halves = [F.cross_entropy(x[None], torch.tensor([target])).item() / 2 for x in (conv, trans)]
+            sums["loss_0"], sums["loss_1"] = sums["loss_0"] + halves[0], sums["loss_1"] + halves[1]
+            sums["loss"] += sum(halves)
+            total += 1
+    assert ours.pop("images") == total == 12
+    sums.pop("images")
+    assert ours == pytest.approx({name: value / total for name, value in sums.items()}, rel=1e-12)
+
+
+def test_evaluation_of_one_stream_and_of_fewer_classes_than_five():
+    model = Linear(classes=3, streams=1)
+    meters = evaluate(model, [(torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 2, 0]))], autocast=nullcontext)
+    assert set(meters) == {"loss", "acc1", "acc5", "images"} and meters["acc5"] == 100.0
+
+
+def test_precision_follows_the_device_and_the_flag():
+    cpu = torch.device("cpu")
+    autocast, scaler, name = semi_main.mixed_precision("auto", cpu)
+    assert name == "off" and not scaler.is_enabled()
+    with autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    autocast, scaler, name = semi_main.mixed_precision("bf16", cpu)
+    with autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="--amp fp16 needs a CUDA GPU, and --device is cpu"):
+        semi_main.mixed_precision("fp16", cpu)

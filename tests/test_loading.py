@@ -1,0 +1,125 @@
+"""Loaders: exactly the steps asked for, draws decided by (seed, epoch, rank, stream), each image evaluated once."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from loading import evaluation_loader, to_device, training_loader
+from samplers import training_order
+from utils import seed_everything
+
+torch.set_num_threads(1)
+
+
+class Drawing:
+    """`(image index, draws of Python, NumPy and torch)` where a data set would augment."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return i, random.random(), np.random.rand(), torch.rand(()).item()
+
+
+def batches(n=20, batch=4, steps=3, workers=0, *, seed=0, epoch=0, rank=0, stream=0, world=2, repeated=False):
+    order = training_order(n, world, rank, seed, repeated)
+    loader = training_loader(Drawing(n), order, batch, steps, seed=seed, epoch=epoch, rank=rank,
+                             num_workers=workers, pin_memory=False, stream=stream)  # fmt: skip
+    seen = list(loader)
+    assert len(loader) == len(seen) == steps
+    return [[column.tolist() for column in each] for each in seen]
+
+
+def column(seen, i):
+    return [value for batch in seen for value in batch[i]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("n, batch, steps", [(20, 4, 5), (20, 4, 2), (7, 4, 6), (3, 8, 2), (1, 2, 3)])
+def test_exactly_the_steps_of_exactly_the_batch(n, batch, steps, workers):
+    seen = batches(n, batch, steps, workers, world=1)
+    assert [len(each[0]) for each in seen] == [batch] * steps
+    indices = column(seen, 0)
+    for start in range(0, len(indices) - n + 1, n):  # each pass goes through the whole set
+        assert sorted(indices[start : start + n]) == list(range(n))
+
+
+def test_repeated_augmentation_of_a_small_set_fills_its_batches():
+    seen = batches(5, 4, 4, world=2, repeated=True)
+    assert [len(each[0]) for each in seen] == [4] * 4
+    assert set(column(seen, 0)) <= set(range(5))
+
+
+@pytest.mark.parametrize("repeated", [True, False])
+def test_the_same_numbers_give_the_same_batches(repeated):
+    def run(workers, noise):
+        random.seed(noise), np.random.seed(noise), torch.manual_seed(noise)
+        if workers == 0:
+            seed_everything(0, 3, 1)  # as an epoch begins: without workers the draws are the main process's
+        return batches(workers=workers, epoch=3, rank=1, repeated=repeated)
+
+    assert run(0, noise=1) == run(0, noise=2)
+    assert run(2, noise=1) == run(2, noise=2)
+    assert column(run(0, 1), 0) == column(run(2, 1), 0)  # the order does not depend on the workers
+
+
+@pytest.mark.parametrize("change", [{"epoch": 1}, {"rank": 1}, {"stream": 1}, {"seed": 1}, {"seed": 1, "epoch": 1}])
+def test_other_numbers_draw_something_else(change):
+    first, second = batches(workers=2), batches(workers=2, **change)
+    for library in (1, 2, 3):  # Python, NumPy, torch
+        assert not set(column(first, library)) & set(column(second, library))
+
+
+def test_workers_and_libraries_draw_independently():
+    seen = batches(workers=2, batch=4, steps=4)
+    for library in (1, 2, 3):
+        draws = column(seen, library)
+        assert len(set(draws)) == 16  # also across the two workers
+    torch.testing.assert_close(np.mean([column(seen, i) for i in (1, 2, 3)]), 0.5, atol=0.2, rtol=0)
+    assert not set(column(seen, 1)) & set(column(seen, 2))
+
+
+def test_order_of_an_epoch():
+    assert column(batches(epoch=0), 0) != column(batches(epoch=1), 0)
+    assert column(batches(seed=0), 0) != column(batches(seed=5), 0)
+    assert column(batches(stream=0), 0) == column(batches(stream=1), 0)
+    ranks = [column(batches(20, 5, 2, rank=rank), 0) for rank in (0, 1)]
+    assert sorted(ranks[0] + ranks[1]) == list(range(20))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evaluation_sees_each_image_once(world, workers):
+    ranks = []
+    for rank in range(world):
+        loader = evaluation_loader(Drawing(10), 4, world=world, rank=rank, num_workers=workers, pin_memory=False)
+        sizes = [len(batch[0]) for batch in loader]
+        assert all(size == 4 for size in sizes[:-1])  # the short batch comes last
+        ranks.append(column([[c.tolist() for c in batch] for batch in loader], 0))
+    assert sorted(index for rank in ranks for index in rank) == list(range(10))
+    assert [len(rank) for rank in ranks] == {1: [10], 2: [5, 5], 3: [4, 3, 3]}[world]
+
+
+def test_pinning_is_asked_for_or_not():
+    for pin in (False, True):
+        order = training_order(4)
+        training = training_loader(Drawing(4), order, 2, 1, seed=0, epoch=0, rank=0, num_workers=0, pin_memory=pin,
+                                   stream=0)  # fmt: skip
+        evaluation = evaluation_loader(Drawing(4), 2, world=1, rank=0, num_workers=0, pin_memory=pin)
+        assert training.pin_memory is evaluation.pin_memory is pin
+    unpinned = next(iter(evaluation_loader(Drawing(4), 2, world=1, rank=0, num_workers=0, pin_memory=False)))
+    assert not any(tensor.is_pinned() for tensor in unpinned)
+
+
+def test_to_device_moves_every_tensor():
+    loader = [(torch.zeros(2, 3), torch.tensor([1, 2])), [torch.ones(1, 3), torch.tensor([3])]]
+    moved = list(to_device(loader, torch.device("meta")))
+    assert [[tuple(tensor.shape) for tensor in batch] for batch in moved] == [[(2, 3), (2,)], [(1, 3), (1,)]]
+    assert all(type(batch) is tuple and tensor.device.type == "meta" for batch in moved for tensor in batch)
+    (stay, *_) = to_device(loader, torch.device("cpu"))
+    assert torch.equal(stay[1], torch.tensor([1, 2])) and stay[0].dtype == torch.float32

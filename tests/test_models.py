@@ -1,0 +1,183 @@
+"""The networks: published keys, published numbers, gradients everywhere."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from reference import fill, images, load
+from torch.nn import functional as F
+
+import models
+from models import build_model
+from models.blocks import ConvBlock, FCUDown
+
+STATE_DICTS = load("state_dict.json")
+FORWARD = load("forward.npz")
+CASES = sorted({tuple(key.split("|")[:3]) for key in FORWARD.files})
+TWO_STREAM = ["Semiformer_tiny_patch16", "Semiformer_PE_small_patch16", "Semiformer_convmixer_12depth", "Conformer_tiny_patch16"]
+
+
+def close(ours, reference):
+    return np.abs(np.asarray(ours) - reference).max() <= 1e-8 * np.abs(reference).max()
+
+
+@pytest.mark.parametrize("name", STATE_DICTS)
+def test_keys_order_shapes_and_count_are_the_published_ones(name):
+    with torch.device("meta"):
+        model = build_model(name, 1000)
+    ours = [(key, "x".join(map(str, value.shape))) for key, value in model.state_dict().items()]
+    assert ours == list(STATE_DICTS[name]["state_dict"].items())
+    assert sum(p.numel() for p in model.parameters()) == STATE_DICTS[name]["n_parameters"]
+
+
+@pytest.mark.parametrize("name,seed,fcu", CASES)
+def test_forward_and_gradients_equal_the_published_ones(name, seed, fcu):
+    def ref(what):
+        return FORWARD[f"{name}|{seed}|{fcu}|{what}"]
+
+    number = int(seed[4:])
+    model = fill(build_model(name, 1000, remove_fcu=fcu.endswith("True")), number).eval()
+    batch = images(number + 100)
+    with torch.no_grad():
+        out = model(batch, ret_feat=True)
+        assert all(torch.equal(a, b) for a, b in zip(model(batch), out["output"]))
+    names = ["conv", "trans"] if len(out["output"]) == 2 else [""]
+    for stream, logits, feat in zip(names, out["output"], out["feat"]):
+        assert close(logits, ref(f"eval_{stream}".rstrip("_")))
+        if name.startswith("Semiformer"):
+            assert close(feat, ref(f"feat_{stream}"))
+    if not name.startswith("Semiformer"):
+        return
+
+    model.train()
+    loss = sum(F.cross_entropy(logits, torch.tensor([3, 7])) for logits in model(batch))
+    loss.backward()
+    assert close(loss.item(), ref("train_loss"))
+    norms = dict(zip(ref("grad_names").tolist(), ref("grad_norms").tolist()))
+    ours = dict(model.named_parameters())
+    assert set(norms) == set(ours)
+    for key, norm in norms.items():
+        grad = ours[key].grad
+        if np.isnan(norm):
+            assert grad is None or grad.norm() == 0
+        else:
+            assert abs(grad.norm().item() - norm) <= 1e-8 * max(abs(norm), 1e-3), key
+
+
+@pytest.mark.parametrize("name", TWO_STREAM)
+@pytest.mark.parametrize("remove_fcu", [False, True])
+def test_a_gradient_reaches_every_parameter_but_a_removed_fusion(name, remove_fcu):
+    torch.manual_seed(0)
+    model = build_model(name, 5, remove_fcu=remove_fcu).train()
+    sum(F.cross_entropy(logits, torch.tensor([1, 2, 3])) for logits in model(torch.randn(3, 3, 64, 64))).backward()
+    unreached = [key for key, p in model.named_parameters() if p.grad is None]
+    assert unreached == model.unused_parameters()
+    fusion = ("squeeze_block", "expand_block")
+    assert unreached == [k for k, _ in model.named_parameters() if remove_fcu and any(f in k for f in fusion)]
+    # BatchNorm right after it takes any constant away again, so expand's bias has a true gradient of zero.
+    zero = [k for k, p in model.named_parameters() if p.grad is not None and not p.grad.abs().any()]
+    assert not [k for k in zero if not k.endswith("expand_block.conv_project.bias")]
+
+
+def test_without_fusion_the_streams_ignore_each_other():
+    model = build_model("Semiformer_tiny_patch16", 5, remove_fcu=True, depth=3).double().eval()
+    batch = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    conv, trans = model(batch)
+    with torch.no_grad():
+        model.trans_1.mlp.fc1.weight.mul_(3)
+        assert torch.equal(model(batch)[0], conv) and not torch.equal(model(batch)[1], trans)
+        model.conv_trans_2.cnn_block.conv1.weight.mul_(3)
+        assert not torch.equal(model(batch)[0], conv)
+
+
+def test_registered_with_timm_and_overridable():
+    model = timm.create_model("Semiformer_small_patch16", num_classes=7, channel_ratio=1, embed_dim=96, num_heads=3,
+                              depth=6, drop_path_rate=0.3, remove_fcu=True)  # fmt: skip
+    assert [tuple(x.shape) for x in model(torch.zeros(2, 3, 48, 48))] == [(2, 7), (2, 7)]
+    assert not hasattr(model, "conv_trans_7") and model.conv_trans_6.fusion_block.conv2.stride == (2, 2)
+    rates = [model.trans_1.drop_path1, *(getattr(model, f"conv_trans_{i}").trans_block.drop_path1 for i in range(2, 7))]
+    assert [getattr(r, "drop_prob", 0.0) for r in rates] == pytest.approx(np.linspace(0, 0.3, 6).tolist())
+    assert {"Semiformer_tiny_patch16", "Conformer_base_patch16"} <= set(timm.list_models("*former_*"))
+    assert timm.model_entrypoint("deit_tiny_patch16_224").__module__.startswith("timm")
+
+
+def test_drop_acts_after_projection_and_both_mlp_layers():
+    model = build_model("Semiformer_tiny_patch16", 3, drop=0.25, depth=3)
+    active = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Dropout) and m.p == 0.25]
+    blocks = ["trans_1", "conv_trans_2.trans_block", "conv_trans_3.trans_block"]
+    assert active == [f"{b}.{layer}" for b in blocks for layer in ("attn.proj_drop", "mlp.drop1", "mlp.drop2")]
+
+
+def test_med_blocks_act_after_squeeze_has_read_the_map():
+    model = timm.create_model("Semiformer_tiny_patch16", num_classes=3, depth=3, num_med_block=1).double().eval()
+    assert "conv_trans_2.med_block.0.conv1.weight" in model.state_dict()
+    batch, stage = torch.randn(1, 3, 32, 32, dtype=torch.float64), model.conv_trans_3
+    conv, trans = model(batch)
+    with torch.no_grad():
+        stage.med_block[0].conv3.weight.mul_(2)
+    assert torch.equal(model(batch)[1], trans) and not torch.equal(model(batch)[0], conv)
+
+
+def test_squeeze_equals_convolution_then_pool():
+    squeeze = FCUDown(8, 6, 4).double()
+    x, cls = torch.randn(2, 8, 12, 12, dtype=torch.float64), torch.randn(2, 1, 6, dtype=torch.float64)
+    slow = F.avg_pool2d(squeeze.conv_project(x), 4).flatten(2).transpose(1, 2)
+    slow = torch.cat([cls, F.gelu(squeeze.ln(slow))], 1)
+    assert torch.allclose(squeeze(x, cls), slow, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_shortcut_never_carries_the_expanded_map(narrow):
+    block = ConvBlock(8, 8, narrow=narrow).double().eval()
+    with torch.no_grad():
+        block.bn3.weight.zero_()
+    x = torch.rand(1, 8, 4, 4, dtype=torch.float64)
+    expanded = torch.randn(1, block.meeting_channels, 4, 4, dtype=torch.float64)
+    assert torch.equal(block(x, expanded)[0], x)
+
+
+def test_position_embedding_is_resized_for_another_input_size():
+    model = build_model("Semiformer_PE_small_patch16", 3, depth=3).eval()
+    batch = torch.randn(1, 3, 64, 64)
+    with_position = model(batch)
+    with torch.no_grad():
+        model.pos_embed.zero_()
+    assert not torch.equal(with_position[1], model(batch)[1])
+    assert tuple(model.pos_embed.shape) == (1, 196, 384)
+    assert model.no_weight_decay() == {"cls_token"}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "deit_tiny_patch16_224", "myresnet50", "mobilenetv3_small_050"])
+def test_any_timm_classifier_meets_the_contract(name):
+    model = build_model(name, 4, img_size=64, drop_path=0.0).eval()
+    batch = torch.randn(2, 3, 64, 64)
+    out = model(batch, ret_feat=True)
+    assert len(out["output"]) == len(out["feat"]) == 1 and out["output"][0].shape == (2, 4)
+    inner = model.model if name.startswith("my") else model
+    assert torch.allclose(inner.get_classifier()(out["feat"][0]), out["output"][0])
+    if name == "vit_tiny_patch16_224":
+        plain = timm.create_model(name, num_classes=4, img_size=64)
+        plain.load_state_dict(model.state_dict())
+        assert torch.equal(plain.eval()(batch), model(batch)[0])
+
+
+@pytest.mark.parametrize(
+    "kwargs,message",
+    [
+        (dict(name="Semifomer_small_patch16"), "Unknown --model 'Semifomer_small_patch16': did you mean Semiformer_"),
+        (dict(name="resnet18", remove_fcu=True), "--remove-fcu .* resnet18 has none"),
+        (dict(name="Semiformer_tiny_patch16", drop_block=0.1), "--drop-block .* leave it out"),
+        (dict(name="Semiformer_tiny_patch16", depth=8), "depth must be a multiple of 3, .* not 8"),
+        (dict(name="vgg11", drop_path=0.1), "vgg11 lacks a setting"),
+    ],
+)
+def test_wrong_settings_are_one_sentence(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(num_classes=3, **kwargs)
+
+
+def test_a_size_that_does_not_divide_is_named():
+    with pytest.raises(ValueError, match="50x50 images do not divide into 16-pixel patches"):
+        models.build_model("Semiformer_tiny_patch16", 3, depth=3)(torch.zeros(1, 3, 50, 50))
+    with pytest.raises(ValueError, match="No weights are hosted"):
+        timm.create_model("Semiformer_tiny_patch16", pretrained=True)

@@ -1,0 +1,101 @@
+"""What is done to an image before the network sees it: labelled, strong, weak and evaluation views.
+
+Each is a function PIL.Image (RGB) -> float tensor (3, size, size), normalised with ImageNet's mean and std.
+"""
+
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import auto_augment as timm_augment
+from torchvision import transforms
+
+BICUBIC = transforms.InterpolationMode.BICUBIC
+
+
+def _posterize(image, bits_to_keep, **_):
+    """timm's posterize; 0 bits give a black image, as Pillow did before version 13 began to raise."""
+    if bits_to_keep <= 0:
+        return Image.new(image.mode, image.size)
+    return timm_augment.posterize(image, bits_to_keep)
+
+
+def _repair_posterize(transform):
+    for step in transform.transforms:
+        policy = getattr(step, "ops", None) or [op for sub in getattr(step, "policy", ()) for op in sub]
+        for op in policy:
+            if getattr(op, "aug_fn", None) is timm_augment.posterize:
+                op.aug_fn = _posterize
+    return transform
+
+
+def resized_side(size):
+    """Shorter side, in pixels, an image is resized to before a crop of `size`: 256 for 224."""
+    return int(256 / 224 * size)
+
+
+def _to_tensor():
+    return [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+
+
+def train_view(size, aa="rand-m9-mstd0.5-inc1", color_jitter=0.4, interpolation="bicubic", reprob=0.25, remode="pixel", recount=1):
+    """The labelled and the strong view: timm's training transform.
+
+    Args:
+        size: output side in pixels.
+        aa: timm's AutoAugment/RandAugment policy; '' or 'none' turns it off.
+        color_jitter: strength of colour jitter, used only without `aa`.
+        interpolation: 'bicubic', 'bilinear' or 'random', of RandomResizedCrop and of the policy's warps.
+        reprob, remode, recount: random erasing: probability, 'const' | 'rand' | 'pixel', rectangles at most.
+    Raises ValueError for a policy, mode or interpolation timm does not know.
+    """
+    if interpolation not in ("bicubic", "bilinear", "random"):
+        raise ValueError(f"Unknown --train-interpolation {interpolation!r}: use bicubic, bilinear or random.")
+    if remode not in ("const", "rand", "pixel"):
+        raise ValueError(f"Unknown --remode {remode!r}: use const, rand or pixel.")
+    off = aa is None or aa.lower() in ("", "none")
+    try:
+        transform = create_transform(
+            size,
+            is_training=True,
+            color_jitter=color_jitter,
+            auto_augment=None if off else aa,
+            interpolation=interpolation,
+            re_prob=reprob,
+            re_mode=remode,
+            re_count=recount,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ValueError(f"timm does not know the --aa policy {aa!r} ({error!r}).") from error
+    return _repair_posterize(transform)
+
+
+def weak_view(size):
+    """The weak view: flip, resize of the shorter side, random crop with 4 pixels of reflection padding."""
+    return transforms.Compose(
+        [
+            transforms.RandomHorizontalFlip(),
+            transforms.Resize(resized_side(size), interpolation=BICUBIC),
+            transforms.RandomCrop(size, padding=4, padding_mode="reflect"),
+            *_to_tensor(),
+        ]
+    )
+
+
+def _same_size(size):
+    def check(image):
+        if image.size != (size, size):
+            raise ValueError(
+                f"At --input-size {size} (32 or less) images are evaluated as they are, "
+                f"but one is {image.width}x{image.height}: resize the files or use a larger --input-size."
+            )
+        return image
+
+    return check
+
+
+def eval_view(size):
+    """The evaluation view: resize of the shorter side, centre crop; neither at sizes up to 32."""
+    if size <= 32:
+        return transforms.Compose([_same_size(size), *_to_tensor()])
+    return transforms.Compose(
+        [transforms.Resize(resized_side(size), interpolation=BICUBIC), transforms.CenterCrop(size), *_to_tensor()]
+    )
