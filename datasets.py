@@ -122,7 +122,7 @@ def _entries(path):
             head, *columns = line.strip().rsplit(",", 2)
             # The columns are a shard and a place in it, not labels; a list of names only has none.
             plain = len(columns) == 2 and all(column.strip().isdigit() for column in columns)
-            yield number, head if plain else line.strip()
+            yield number, head.strip() if plain else line.strip()
 
 
 def read_split(path, samples):

@@ -109,9 +109,9 @@ def train_one_epoch(state, student, teacher, labelled, unlabelled, recipe, *, ep
 
 
 def _correct(scores, target):
-    """Numbers of images whose class is the top score, and among the top five (or all, if fewer)."""
-    hits = scores.topk(min(5, scores.shape[1]), dim=1).indices == target[:, None]
-    return hits[:, 0].sum(), hits.sum()
+    """Percent of the images whose class is the top score, and among the top five (or all, if fewer)."""
+    hits = 100.0 * (scores.topk(min(5, scores.shape[1]), dim=1).indices == target[:, None]).double()
+    return hits[:, 0].mean(), hits.sum(1).mean()
 
 
 @torch.no_grad()
@@ -139,5 +139,5 @@ def evaluate(model, batches, *, autocast):
             meters.update(len(target), loss=sum(losses))
             for name, score in scores.items():
                 top1, top5 = _correct(score, target)
-                meters.update(len(target), **{f"acc1{name}": 100 * top1 / len(target), f"acc5{name}": 100 * top5 / len(target)})
+                meters.update(len(target), **{f"acc1{name}": top1, f"acc5{name}": top5})
     return {**meters.means_over_ranks(), "images": meters.count_over_ranks("loss")}

@@ -25,12 +25,13 @@ from pseudo_labels import select_targets
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NO_EFFECT = ("--opt-level", "--cross-attn", "--cnn2trans", "--trans2cnn", "--resplit")
-KINDS = {"parameter group", "network", "transform", "mixing", "loss part", "pseudo label", "schedule", "order", "data",
-         "loader", "step", "file", "printed line", "precision", "process group", "error"}  # fmt: skip
+KINDS = {"parameter group", "network", "transform", "mixing", "loss part", "pseudo label", "schedule", "order",
+         "data", "loader", "step", "file", "printed line", "precision", "process group", "error"}
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
 # One quick step of one quick epoch on the tiny tree: 2 of 4 labelled and 2 of 8 unlabelled images.
-TINY = ("--data-set SEMI-IMNET --data-path TREE --data-split-file LIST --model test_resnet --input-size 32 --drop-path 0 "
-        "--batch-size 4 --mu 0.5 --epochs 1 --steps-per-epoch 1 --num_workers 0 --mixup 0 --cutmix 0 --device cpu")  # fmt: skip
+TINY = ("--data-set SEMI-IMNET --data-path TREE --data-split-file LIST --model test_resnet --input-size 32 "
+        "--drop-path 0 --batch-size 4 --mu 0.5 --epochs 1 --steps-per-epoch 1 --num_workers 0 --mixup 0 "
+        "--cutmix 0 --device cpu")
 SAVED = TINY + " --output_dir OUT"
 
 
@@ -49,7 +50,8 @@ def write_tree(root, classes):
         for name in classes:
             (root / part / name).mkdir(parents=True)
             for i in range(n):
-                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(root / part / name / f"{name}_{i}.png")
+                image = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+                image.save(root / part / name / f"{name}_{i}.png")
             labelled += [f"{name}_{i}.png" for i in range(2) if part == "train"]
     return labelled
 
@@ -62,17 +64,21 @@ def places(tmp_path_factory):
     write_tree(root / "tree3", ["cat", "dog", "eel"])
     (root / "list.txt").write_text("\n".join(names) + "\n")
     words = {"TREE": root / "tree", "TREE3": root / "tree3", "LIST": root / "list.txt",
-             "CHECKPOINT": root / "start" / "checkpoint.pth"}  # fmt: skip
-    main(parse([str(words.get(word, word)) for word in TINY.split()] + ["--output_dir", str(root / "start")]))
-    outs = iter(root / f"out{i}" for i in range(1000))
-    return lambda argv: [str(next(outs) if word == "OUT" else words.get(word, word)) for word in argv]
+             "CHECKPOINT": root / "start" / "checkpoint.pth"}
+    outs = (root / f"out{i}" for i in range(1000))
+
+    def placed(argv):
+        return [str(next(outs) if word == "OUT" else words.get(word, word)) for word in argv]
+
+    main(parse(placed([*TINY.split(), "--output_dir", str(root / "start")])))
+    return placed
 
 
 def parse(argv):
     return options.get_args_parser().parse_args(argv)
 
 
-# ------------------------------------------------------------------------- probes: from flags to something that differs
+# --------------------------------------------------------- probes: from flags to something that differs
 
 
 def main(args):
@@ -89,13 +95,13 @@ def started(args):
         return semi_main.Run(args, CPU)
 
 
-def described(start):
-    """The printed line that starts so, of the plan of a run."""
+def described(words):
+    """The printed line that holds these words, of the plan of a run."""
 
     def probe(args):
         with redirect_stdout(io.StringIO()) as printed:
             semi_main.Run(args, CPU).describe()
-        return next((line for line in printed.getvalue().splitlines() if line.startswith(start)), None)
+        return next((line for line in printed.getvalue().splitlines() if words in line), None)
 
     return probe
 
@@ -115,8 +121,10 @@ def epoch(line):
 
 
 def files(args):
+    """Names of the files a whole run leaves in the folders that are its own."""
     main(args)
-    return sorted(path.name for path in Path(args.output_dir).iterdir()) if args.output_dir else "nothing"
+    folder = Path(args.output_dir)
+    return {path.name for path in folder.iterdir()} - {"best.pth"} if args.output_dir else set()
 
 
 def in_checkpoint(key):
@@ -140,10 +148,6 @@ def refusal(call):
 
 
 not_built = refusal(options.not_built)
-
-
-def fake(**attributes):
-    return pytest.MonkeyPatch.context(), attributes
 
 
 class Toy(nn.Module):
@@ -262,20 +266,378 @@ def pseudo_labels(args):
     return targets.tolist(), weights.tolist()
 
 
-def epoch_inputs(args):
-    """(settings of the train and the evaluation loader on a GPU, first labelled image) of epoch 0."""
-    run, settings, loader = started(args), [], semi_main.training_loader
-
-    def recorded(*args, num_workers, pin_memory, **kwargs):
-        settings.append((num_workers, pin_memory))
-        return loader(*args, num_workers=0, pin_memory=False, **kwargs) if kwargs else ()
-
-    def first_image(state, student, teacher, labelled, *args, **kwargs):
-        run.device = CPU
-        return next(labelled)[0][0] if args_device == CPU else None
-
-    args_device = CUDA if torch.device(args.device) != CPU else CPU
+def first_image(args):
+    """The first labelled image of epoch 0, as the network gets it."""
+    run = started(args)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(semi_main, "training_loader", recorded)
-        patch.setattr(semi_main, "train_one_epoch", first_image)
-        return settings, run.train_epoch(0)
+        patch.setattr(semi_main, "train_one_epoch", lambda *inputs, **_: next(inputs[3])[0][0])
+        return run.train_epoch(0).tolist()
+
+
+def loaders(args):
+    """(worker processes, pinned) of the labelled, the unlabelled and the evaluation loader on a GPU."""
+    run, seen = started(args), []
+
+    def recorded(*_, num_workers, pin_memory, **__):
+        seen.append((num_workers, pin_memory))
+        return ()
+
+    run.device = CUDA
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("training_loader", "evaluation_loader"):
+            patch.setattr(semi_main, name, recorded)
+        for name in ("train_one_epoch", "evaluate"):
+            patch.setattr(semi_main, name, lambda *_, **__: None)
+        run.train_epoch(0)
+        semi_main._evaluate(args, run.state.model, run.validation, CUDA, run.autocast)
+    return seen
+
+
+def evaluation_batch(args):
+    """Images of a batch of evaluation."""
+    run, seen = started(args), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(semi_main, "evaluation_loader", lambda views, batch_size, **_: seen.append(batch_size) or ())
+        patch.setattr(semi_main, "evaluate", lambda *_, **__: None)
+        semi_main._evaluate(args, run.state.model, run.validation, CPU, run.autocast)
+    return seen[0]
+
+
+def started_from_seed(args):
+    """A weight, the labelled order and a pixel."""
+    run = started(args)
+    weight = next(run.state.model.parameters()).flatten()[0].item()
+    return weight, list(run.labelled_order), first_image(args)[0][0][0]
+
+
+def triples(args):
+    """Whether the first three labelled images are one image three times."""
+    return len(set(list(started(args).labelled_order)[:3])) == 1
+
+
+def average_after_a_step(args):
+    """The EMA of a weight that was 1 at the start and is 0 after the first step; None without an EMA."""
+    run = started(args)
+    if run.state.ema is None:
+        return None
+    before, after = (next(m.parameters()).data for m in (run.state.ema.module, run.state.model))
+    before.fill_(1), after.fill_(0)
+    run.state.ema.update(run.state.model)
+    return round(before.flatten()[0].item(), 4)
+
+
+def average_device(args):
+    run = SimpleNamespace(args=args, state=SimpleNamespace(model=Toy()))
+    return semi_main.Run._average(run).device
+
+
+def gradient_is_clipped(args):
+    """Whether the norm of the last step's gradient is at most 0.001."""
+    with redirect_stdout(io.StringIO()):
+        run = semi_main.train(args, CPU)
+    norms = [p.grad.norm() for p in run.state.model.parameters()]
+    return torch.stack(norms).norm().item() <= 0.001 * 1.0001
+
+
+@refusal
+def precision_on_gpu(args):
+    """The autocast type on a GPU with bf16, and whether gradients are scaled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+        patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+        autocast, scaler, _ = semi_main.mixed_precision(options.requested_amp(args), CUDA)
+    return autocast.keywords["dtype"] if autocast.keywords["enabled"] else "off", scaler.is_enabled()
+
+
+def joined(world=1):
+    """(backend, address, processes) of the process group among so many, or the device of a lone process."""
+
+    @refusal
+    def probe(args):
+        groups = []
+        with pytest.MonkeyPatch.context() as patch:
+            for name in LAUNCHER:
+                patch.delenv(name, raising=False)
+            if world > 1:
+                for name, value in (("RANK", 0), ("WORLD_SIZE", world), ("LOCAL_RANK", 0)):
+                    patch.setenv(name, str(value))
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setattr(torch.distributed, "init_process_group", lambda *a, **k: groups.append((*a, k)))
+            device = utils.init_distributed(args.device, args.dist_url, args.world_size, args.use_submitit)
+        return [(g[0], g[-1]["init_method"], g[-1]["world_size"]) for g in groups] or str(device)
+
+    return probe
+
+
+# --------------------------------------------------------- the table
+
+
+@dataclass(frozen=True)
+class Row:
+    """`given` + flag + `a` and `given` + flag + `b` differ in probe(args); None: without the flag.
+
+    `expect` holds both results where they can be said beforehand. A list is taken as it is, a string split.
+    """
+
+    what: str  # one of KINDS
+    a: Any
+    b: Any
+    probe: Any
+    expect: Any = None
+    given: str = ""
+
+
+def unbuilt(flag, b, a=None):
+    asked = " ".join([flag, b]).strip()
+    return Row("error", a, b, not_built, (None, f"{asked} is not built yet"))
+
+
+DEIT = "--model deit_tiny_patch16_224 --drop-path 0"
+TWO = "--model Semiformer_micro_patch16 --input-size 32 --drop-path 0"
+NO_WARMUP = "--epochs 4 --warmup-epochs 0 --lr 1 --min-lr 0"
+STEP = "--sched step --warmup-epochs 0 --lr 1"
+PLATEAU = "--sched plateau --warmup-epochs 0 --lr 1 --min-lr 0 --decay-rate 0.1 --epochs 8 --patience-epochs 1"
+NOISE = "--sched step --warmup-epochs 0 --lr 1 --epochs 9 --lr-noise 0"
+NO_AA = ["--aa", ""]
+
+FLAGS = {
+    # length and pace
+    "--batch-size": Row("printed line", "4", "6", described("semi-supervised"), (
+        "semi-supervised: 2 + 2 images a process and step, 4 in all on 1 process(es); 1 steps an epoch",
+        "semi-supervised: 3 + 3 images a process and step, 6 in all on 1 process(es); 1 steps an epoch"), TINY),
+    "--epochs": Row("file", "1", "2", log(epoch), ([0], [0, 1]), SAVED),
+    "--steps-per-epoch": Row("printed line", "0", "7", described("semi-supervised"), (
+        "semi-supervised: 2 + 2 images a process and step, 4 in all on 1 process(es); 2 steps an epoch",
+        "semi-supervised: 2 + 2 images a process and step, 4 in all on 1 process(es); 7 steps an epoch"), TINY),
+    "--start_epoch": Row("file", "0", "1", log(epoch), ([0, 1], [1]), SAVED + " --epochs 2"),
+    "--evaluate-freq": Row("file", "1", "2", log(epoch), ([0, 1, 2, 3], [0, 2, 3]), SAVED + " --epochs 4"),
+    "--eval": Row("file", None, "", files, ({"checkpoint.pth", "log.txt", "run.json"}, {"eval.json"}),
+                  SAVED + " --resume CHECKPOINT --epochs 2"),
+    "--seed": Row("order", "0", "1", started_from_seed, None, TINY),
+    # network
+    "--model": Row("network", "resnet18", "deit_tiny_patch16_224", network(lambda m: type(m).__name__),
+                   ("ResNet", "VisionTransformer")),
+    "--input-size": Row("network", "32", "64", sizes, (([32, 32, 32], 5), ([64, 64, 64], 17)), DEIT),
+    "--drop": Row("network", "0", "0.3", network(lambda m: set(rates_of(nn.Dropout, "p")(m))), ({0.0}, {0.3}), TWO),
+    "--drop-path": Row("network", "0", "0.5", network(rates_of(DropPath, "drop_prob")), (
+        [], [0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.5, 0.5]), TWO),
+    "--drop-block": Row("network", None, "0.25", network(rates_of(DropBlock2d, "drop_prob")),
+                        ([], [0.25] * 8), "--model resnet18 --drop-path 0"),
+    "--remove-fcu": Row("network", None, "", cnn_hears_transformer, (True, False), TWO),
+    # data
+    "--data-path": Row("printed line", "TREE", "TREE3", described("validation"), (
+        "8 labelled, 0 unlabelled, 4 validation images", "12 labelled, 0 unlabelled, 6 validation images"),
+         TINY + " --data-set IMNET"),
+    "--data-set": Row("printed line", "IMNET", "SEMI-IMNET", described("validation"), (
+        "8 labelled, 0 unlabelled, 4 validation images", "4 labelled, 8 unlabelled, 4 validation images"),
+        TINY),
+    "--inat-category": unbuilt("--inat-category", "genus", "name"),
+    "--data-split-file": Row("data", "None", "LIST", lambda args: len(started(args).labelled), (8, 4), TINY),
+    "--split-folder": unbuilt("--split-folder", "lists"),
+    "--select-ratio": unbuilt("--select-ratio", "0.5", "1"),
+    "--unlabelDataset_exclude_labeledData": Row(
+        "data", None, "", lambda args: started(args).unlabelled.indices.tolist(),
+        ([0, 1, 2, 3, 4, 5, 6, 7], [2, 3, 6, 7]), TINY),
+    # semi-supervised objective
+    "--supervise-only": Row("loss part", None, "", log(lambda line: "train_loss_u" in line), ([True], [False]),
+                            SAVED),
+    "--semi-start-epoch": Row("loss part", "0", "1", log(lambda line: "train_loss_u" in line),
+                              ([True, True], [False, True]), SAVED + " --epochs 2"),
+    "--mu": Row("printed line", "0.5", "0.25", described("semi-supervised"), (
+        "semi-supervised: 2 + 2 images a process and step, 4 in all on 1 process(es); 1 steps an epoch",
+        "semi-supervised: 1 + 3 images a process and step, 4 in all on 1 process(es); 1 steps an epoch"), TINY),
+    "--pseudo-type": Row("pseudo label", "cnn", "transformer", pseudo_labels,
+                         (([0, 0], [1.0, 1.0]), ([1, 1], [1.0, 1.0]))),
+    "--temperature": Row("pseudo label", "1", "2", pseudo_labels, (([1, 1], [1.0, 1.0]), ([1, 1], [0.0, 1.0])),
+                         "--pseudo-type transformer"),
+    "--threshold": Row("pseudo label", "0.7", "0.9", pseudo_labels, (([1, 1], [1.0, 1.0]), ([1, 1], [0.0, 1.0])),
+                       "--pseudo-type transformer"),
+    "--semi-lambda": Row("loss part", "10", "4", objective_of, (33, 15), "--smoothing 0"),
+    "--unlabel-smooth": Row("loss part", None, "", objective_of, (32.6517, 29.1688), "--smoothing 0.4"),
+    "--mask-cnn-ratio": Row("loss part", "1", "5", objective_of, (33, 37), "--smoothing 0"),
+    "--mask-transformer-ratio": Row("loss part", "1", "5", objective_of, (33, 41), "--smoothing 0"),
+    "--mask-cnn-ratio-u": Row("loss part", "1", "5", objective_of, (33, 73), "--smoothing 0"),
+    "--mask-transformer-ratio-u": Row("loss part", "1", "5", objective_of, (33, 113), "--smoothing 0"),
+    # consistency
+    "--dual-consistency": Row("loss part", None, "", log(lambda line: "train_loss_consistency" in line),
+                              ([False], [True]), SAVED),
+    "--consistency-start-epoch": Row("loss part", "-1", "1", log(lambda line: "train_loss_consistency" in line),
+                                     ([True, True], [False, True]), SAVED + " --epochs 2 --dual-consistency"),
+    "--consistency-type": Row("loss part", "triplet", "infonce", consistency_of, (0.025, 0.4421)),
+    "--consistency-lambda": Row("loss part", "0.5", "2", consistency_share, (0.0125, 0.05)),
+    "--infonce-T": Row("loss part", "1", "0.1", consistency_of, (0.4421, 0.0092), "--consistency-type infonce"),
+    "--margin": Row("loss part", "0.5", "1", consistency_of, (0.025, 0.2)),
+    "--dis-type": Row("loss part", "cos", "l2", consistency_of, (0.025, 0.1069)),
+    "--anchor-type": Row("loss part", "weak", "both", consistency_of, (0.025, 0.1)),
+    # augmentation
+    "--color-jitter": Row("transform", "0.4", "0.2", transform("ColorJitter", lambda t: t.brightness),
+                          ((0.6, 1.4), (0.8, 1.2)), NO_AA),
+    "--aa": Row("transform", "rand-m9-mstd0.5-inc1", [""], transform("RandAugment", lambda t: len(t.ops)),
+                (15, None)),
+    "--smoothing": Row("loss part", "0", "0.4", objective_of, (3, 2.6517), "--semi-lambda 0"),
+    "--train-interpolation": Row("transform", "bicubic", "bilinear", transform(
+        "RandomResizedCropAndInterpolation", lambda t: str(t.interpolation).split(".")[-1].lower()),
+        ("bicubic", "bilinear")),
+    "--repeated-aug": Row("order", None, "", triples, (False, True), TINY + " --no-repeated-aug"),
+    "--no-repeated-aug": Row("order", None, "", triples, (True, False), TINY),
+    "--reprob": Row("transform", "0.25", "0", transform("RandomErasing", lambda t: t.probability), (0.25, None)),
+    "--remode": Row("transform", "pixel", "const", transform("RandomErasing", lambda t: t.mode),
+                    ("pixel", "const")),
+    "--recount": Row("transform", "1", "3", transform("RandomErasing", lambda t: t.max_count), (1, 3)),
+    # mixup
+    "--mixup": Row("mixing", "0", "0.8", mixed, None, "--cutmix 0"),
+    "--cutmix": Row("mixing", "0", "1", blends, None, "--mixup 0.8 --mixup-switch-prob 1"),
+    "--cutmix-minmax": Row("mixing", None, "0.4 0.6", blends, None, "--mixup 0.8 --cutmix 0 --mixup-switch-prob 1"),
+    "--mixup-prob": Row("mixing", "1", "0", blends, ("~~~~", "====")),
+    "--mixup-switch-prob": Row("mixing", "0", "1", blends, ("~~~~", "####")),
+    "--mixup-mode": Row("mixing", "batch", "elem", mixed, None, "--mixup-switch-prob 0"),
+    # optimizer
+    "--opt": Row("parameter group", "adamw", "sgd", optimizer(lambda o: type(o).__name__), ("AdamW", "SGD")),
+    "--opt-eps": Row("parameter group", "1e-8", "1e-4", optimizer(lambda o: o.defaults["eps"]), (1e-8, 1e-4)),
+    "--opt-betas": Row("parameter group", None, "0.8 0.9", optimizer(lambda o: tuple(o.defaults["betas"])),
+                       ((0.9, 0.999), (0.8, 0.9))),
+    "--clip-grad": Row("step", None, "0.001", gradient_is_clipped, (False, True), TINY),
+    "--momentum": Row("parameter group", "0.9", "0.5", optimizer(lambda o: o.defaults["momentum"]), (0.9, 0.5),
+                      "--opt sgd"),
+    "--weight-decay": Row("parameter group", "0.05", "0.3", optimizer(decays),
+                          ([(0.0, 2), (0.05, 1)], [(0.0, 2), (0.3, 1)])),
+    # schedule
+    "--sched": Row("schedule", "cosine", "step", rates, ([1, 1, 0.853553, 0.5], [1, 1, 1, 0.1]),
+                   NO_WARMUP + " --decay-epochs 2"),
+    "--lr": Row("schedule", "1", "2", rates, ([1, 1, 0.853553, 0.5], [2, 2, 1.70711, 1]), NO_WARMUP),
+    "--warmup-lr": Row("schedule", "0", "0.5", rates, ([0, 0, 0.5, 0.5], [0.5, 0.5, 0.75, 0.5]),
+                       NO_WARMUP + " --warmup-epochs 2"),
+    "--min-lr": Row("schedule", "0", "0.5", rates, ([1, 1, 0.853553, 0.5], [1, 1, 0.926777, 0.75]), NO_WARMUP),
+    "--warmup-epochs": Row("schedule", "0", "2", rates, ([1, 1, 0.853553, 0.5], [0, 0, 0.5, 0.5]),
+                           NO_WARMUP + " --warmup-lr 0"),
+    "--cooldown-epochs": Row("schedule", "0", "2", stuck_rates, (
+        [1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01], [1, 1, 1, 1, 0.1, 0.1, 0.1, 0.1]), PLATEAU),
+    "--patience-epochs": Row("schedule", "1", "2", stuck_rates, (
+        [1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01], [1, 1, 1, 1, 1, 0.1, 0.1, 0.1]), PLATEAU + " --cooldown-epochs 0"),
+    "--decay-epochs": Row("schedule", "1", "2", rates, ([1, 1, 0.1, 0.01], [1, 1, 1, 0.1]), STEP + " --epochs 4"),
+    "--decay-rate": Row("schedule", "0.1", "0.5", rates, ([1, 1, 0.1], [1, 1, 0.5]),
+                        STEP + " --epochs 3 --decay-epochs 1"),
+    "--dr": Row("schedule", "0.1", "0.5", rates, ([1, 1, 0.1], [1, 1, 0.5]), STEP + " --epochs 3 --decay-epochs 1"),
+    "--lr-noise": Row("schedule", None, "0.5", lambda args: [rate == 1 for rate in rates(args)],
+                      ([True] * 4, [True, True, True, False]), STEP + " --epochs 4"),
+    "--lr-noise-pct": Row("schedule", "0.67", "0.01", lambda args: all(0.99 <= r <= 1.01 for r in rates(args)),
+                          (False, True), NOISE),
+    "--lr-noise-std": Row("schedule", "1", "1e-6", lambda args: all(0.99 <= r <= 1.01 for r in rates(args)),
+                          (False, True), NOISE),
+    # moving average
+    "--model-ema": Row("file", None, "", in_checkpoint("model_ema"), (False, True), SAVED + " --no-model-ema"),
+    "--no-model-ema": Row("file", None, "", in_checkpoint("model_ema"), (True, False), SAVED),
+    "--model-ema-decay": Row("step", "0.5", "0.25", average_after_a_step, (0.5, 0.25), TINY),
+    "--model-ema-force-cpu": Row("step", None, "", average_device, (None, "cpu")),
+    # files
+    "--output_dir": Row("file", [""], "OUT", files,
+                        (set(), {"checkpoint.pth", "log.txt", "run.json"}), TINY),
+    "--resume": Row("file", [""], "CHECKPOINT", lambda args: started(args).state.epoch, (-1, 0), TINY),
+    "--finetune": unbuilt("--finetune", "a.pth"),
+    **{flag: unbuilt(flag, value) for name in ("dino", "semiformer", "resnet", "warmup-model")
+       for flag, value in ((f"--{name}-load", ""), (f"--{name}-load-file", "a.pth"))},
+    # device, precision, loading
+    "--device": Row("error", "cpu", "cuda", joined(), (
+        "cpu", "--device cuda, but PyTorch sees no CUDA GPU here: pass --device cpu.")),
+    "--amp": Row("precision", "bf16", "fp16", precision_on_gpu, (
+        (torch.bfloat16, False), (torch.float16, True))),
+    "--no-amp": Row("precision", None, "", precision_on_gpu, ((torch.bfloat16, False), ("off", False))),
+    "--use-native-amp": Row("precision", None, "", precision_on_gpu, (
+        ("off", False), "--use-native-amp and --amp off disagree: keep one of them"), "--amp off"),
+    "--num_workers": Row("loader", "0", "2", loaders, ([(0, True)] * 3, [(2, True)] * 3), TINY),
+    "--pin-mem": Row("loader", None, "", loaders, ([(0, False)] * 3, [(0, True)] * 3), TINY + " --no-pin-mem"),
+    "--no-pin-mem": Row("loader", None, "", loaders, ([(0, True)] * 3, [(0, False)] * 3), TINY),
+    # process group
+    "--world_size": Row("process group", "1", "3", joined(2), (
+        [("gloo", "env://", 2)],
+        "--world_size 3, but the launcher started 2: use torchrun --nproc_per_node."), "--device cpu"),
+    "--dist_url": Row("process group", "env://", "tcp://host:1", joined(2), (
+        [("gloo", "env://", 2)], [("gloo", "tcp://host:1", 2)]), "--device cpu"),
+    "--use_submitit": Row("process group", "false", "true", joined(), (
+        "cpu", "--use_submitit true needs Slurm's environment: start with run_with_submitit.py, or pass false."),
+        "--device cpu"),
+}
+
+# Second effects, and the values that are refused.
+MORE = [
+    *[("--data-set", unbuilt("--data-set", name, "IMNET")) for name in (
+        "CIFAR10", "CIFAR100", "INAT", "INAT19", "SEMI-INAT", "SEMI-PLACES205", "5PER-SEMI-PLACES205",
+        "1PER-SEMI-PLACES205")],
+    ("--resume", Row("error", "a.pth", "https://host/a.pth", not_built, (
+        None, "--resume https://host/a.pth is not built yet: download it and pass its path"))),
+    ("--resume", Row("printed line", [""], "CHECKPOINT", lambda args: "Nothing left to train" in main(args),
+                     (False, True), TINY)),
+    ("--model", Row("error", "deit_tiny_patch16_224", "deit_tinny", refusal(network(lambda m: "built")), (
+        "built", "Unknown --model 'deit_tinny': did you mean deit3_tiny, deit_tiny?"))),
+    ("--drop-block", Row("error", None, "0.1", refusal(network(lambda m: "built")), (
+        "built", "--drop-block does not apply to the two-stream network Semiformer_micro_patch16: leave it out."),
+        TWO)),
+    ("--remove-fcu", Row("error", None, "", refusal(network(lambda m: "built")), (
+        "built", "--remove-fcu removes the fusion of a two-stream network, and resnet18 has none."),
+        "--model resnet18")),
+    ("--drop", Row("network", "0", "0.3", network(lambda m: m.drop_rate), (0, 0.3), "--model resnet18")),
+    ("--output_dir", Row("printed line", [""], "OUT", described("nothing of this run is saved"), (
+        "No --output_dir: nothing of this run is saved.", None), TINY)),
+    ("--semi-start-epoch", Row("file", "0", "1", lambda args: "epoch_0_checkpoint.pth" in files(args),
+                               (False, True), SAVED + " --epochs 2")),
+    ("--consistency-start-epoch", Row("file", "-1", "1", lambda args: "epoch_0_checkpoint.pth" in files(args),
+                                      (False, True), SAVED + " --epochs 2 --dual-consistency")),
+    ("--lr", Row("file", "0.1", "0.2", log(lambda line: line["train_lr"]), ([0.1], [0.2]),
+                 SAVED + " --warmup-epochs 0")),
+    ("--sched", Row("file", "cosine", "plateau", log(lambda line: round(line["train_lr"], 6)),
+                    ([0.1, 0.1, 0.075002], [0.1, 0.1, 0.1]), SAVED + " --epochs 3 --warmup-epochs 0 --lr 0.1")),
+    ("--opt", Row("parameter group", "sgd", "momentum", optimizer(lambda o: o.defaults["nesterov"]), (True, False))),
+    ("--batch-size", Row("loader", "4", "6", evaluation_batch, (12, 18), TINY)),
+    ("--seed", Row("transform", "0", "1", first_image, None, TINY)),
+    ("--start_epoch", Row("schedule", "0", "2", lambda args: started(args).state.optimizer.param_groups[0]["lr"],
+                          (0, 0.5), TINY + " --epochs 4 --lr 1 --warmup-lr 0 --warmup-epochs 2")),
+    ("--aa", Row("transform", "rand-m9", "nonsense", refusal(transform("RandAugment", lambda t: "built")), (
+        "built", "timm does not know the --aa policy 'nonsense' (AssertionError()).")) ),
+]
+
+
+def argv(flag, row, value):
+    words = [x.split() if isinstance(x, str) else x for x in (row.given, value)  if x is not None]
+    return [*words[0], flag, *words[1]] if value is not None else words[0]
+
+
+def check_row(flag, row, places):
+    results = [row.probe(parse(places(argv(flag, row, value)))) for value in (row.a, row.b)]
+    assert results[0] != results[1]
+    if row.expect is not None:
+        assert results == list(row.expect)
+
+
+@pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated:FutureWarning")
+@pytest.mark.parametrize("flag", FLAGS)
+def test_flag_changes_what_the_table_says(flag, places):
+    check_row(flag, FLAGS[flag], places)
+
+
+@pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated:FutureWarning")
+@pytest.mark.parametrize("flag, row", MORE, ids=[f"{flag} {row.b}" for flag, row in MORE])
+def test_flag_changes_this_too(flag, row, places):
+    check_row(flag, row, places)
+
+
+def test_every_flag_has_a_row():
+    flags = [flag for action in options.get_args_parser()._actions for flag in action.option_strings]
+    assert sorted(FLAGS) == sorted(set(flags) - set(NO_EFFECT))
+    assert set(NO_EFFECT) <= set(flags)
+
+
+def test_every_row_says_what_kind_of_thing_changes():
+    assert {row.what for row in [*FLAGS.values(), *(row for _, row in MORE)]} == KINDS
+
+
+@pytest.mark.parametrize("flag", NO_EFFECT)
+def test_flag_without_effect_is_refused(flag, capsys):
+    with pytest.raises(SystemExit):
+        parse([flag, "O1"] if flag == "--opt-level" else [flag])
+    assert f"{flag} had no effect in the published code" in capsys.readouterr().err
+
+
+def test_device_is_the_gpu_where_there_is_one(monkeypatch):
+    for there, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert parse([]).device == device

@@ -1,4 +1,4 @@
-"""Loaders: exactly the steps asked for, draws decided by (seed, epoch, rank, stream), each image evaluated once."""
+"""Loaders: exactly the steps asked for, draws decided by the seed's numbers, each image evaluated once."""
 
 import random
 
@@ -68,7 +68,7 @@ def test_the_same_numbers_give_the_same_batches(repeated):
     assert column(run(0, 1), 0) == column(run(2, 1), 0)  # the order does not depend on the workers
 
 
-@pytest.mark.parametrize("change", [{"epoch": 1}, {"rank": 1}, {"stream": 1}, {"seed": 1}, {"seed": 1, "epoch": 1}])
+@pytest.mark.parametrize("change", [{"epoch": 1}, {"rank": 1}, {"stream": 1}, {"seed": 1}])
 def test_other_numbers_draw_something_else(change):
     first, second = batches(workers=2), batches(workers=2, **change)
     for library in (1, 2, 3):  # Python, NumPy, torch
@@ -97,19 +97,19 @@ def test_order_of_an_epoch():
 def test_evaluation_sees_each_image_once(world, workers):
     ranks = []
     for rank in range(world):
-        loader = evaluation_loader(Drawing(10), 4, world=world, rank=rank, num_workers=workers, pin_memory=False)
-        sizes = [len(batch[0]) for batch in loader]
-        assert all(size == 4 for size in sizes[:-1])  # the short batch comes last
-        ranks.append(column([[c.tolist() for c in batch] for batch in loader], 0))
+        shard = {"world": world, "rank": rank}
+        loader = evaluation_loader(Drawing(10), 4, **shard, num_workers=workers, pin_memory=False)
+        seen = [[c.tolist() for c in batch] for batch in loader]
+        assert all(len(batch[0]) == 4 for batch in seen[:-1])  # the short batch comes last
+        ranks.append(column(seen, 0))
     assert sorted(index for rank in ranks for index in rank) == list(range(10))
     assert [len(rank) for rank in ranks] == {1: [10], 2: [5, 5], 3: [4, 3, 3]}[world]
 
 
 def test_pinning_is_asked_for_or_not():
     for pin in (False, True):
-        order = training_order(4)
-        training = training_loader(Drawing(4), order, 2, 1, seed=0, epoch=0, rank=0, num_workers=0, pin_memory=pin,
-                                   stream=0)  # fmt: skip
+        training = training_loader(Drawing(4), training_order(4), 2, 1, seed=0, epoch=0, rank=0, stream=0,
+                                   num_workers=0, pin_memory=pin)  # fmt: skip
         evaluation = evaluation_loader(Drawing(4), 2, world=1, rank=0, num_workers=0, pin_memory=pin)
         assert training.pin_memory is evaluation.pin_memory is pin
     unpinned = next(iter(evaluation_loader(Drawing(4), 2, world=1, rank=0, num_workers=0, pin_memory=False)))

@@ -1,4 +1,4 @@
-"""Samplers: the published sampler's numbers, an obvious slow version, shards that cover, orders that differ."""
+"""Samplers: the published numbers, an obvious slow version, shards that cover, orders that differ."""
 
 import math
 import re
@@ -48,7 +48,8 @@ def test_repeated_augmentation_is_the_published_one(case):
 def test_repeated_augmentation_equals_the_slow_version(length, world):
     for rank in range(world):
         for epoch in (0, 5):
-            assert order_of(RASampler(length, world, rank), epoch) == slow_repeated(length, world, rank, epoch)
+            expected = slow_repeated(length, world, rank, epoch)
+            assert order_of(RASampler(length, world, rank), epoch) == expected
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

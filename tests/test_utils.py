@@ -1,0 +1,320 @@
+"""Seeds, meters, progress lines, the process group's environment, the log files."""
+
+import hashlib
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import utils
+from utils import (
+    Meters,
+    Progress,
+    append_json_line,
+    derived_seed,
+    environment,
+    init_distributed,
+    seed_everything,
+    write_json,
+)
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parents[1]
+
+# -------------------------------------------------------------------------------- seeds
+
+
+def test_a_seed_is_the_same_in_every_process():
+    code = "from utils import derived_seed; print(derived_seed(0), derived_seed(3, 14, 15))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONHASHSEED": "777"})  # fmt: skip
+    assert done.stdout.split() == [str(derived_seed(0)), str(derived_seed(3, 14, 15))]
+    # The recipe itself: another one would change every run that is resumed.
+    digest = hashlib.sha256(b"(3, 14, 15)").digest()[:8]
+    assert derived_seed(3, 14, 15) == int.from_bytes(digest, "little") // 2
+
+
+def test_any_change_gives_another_seed():
+    grid = [(s, e, r, k) for s in range(6) for e in range(6) for r in range(6) for k in range(2)]
+    seeds = {derived_seed(*numbers) for numbers in grid}
+    seeds |= {derived_seed(), derived_seed(0), derived_seed(0, 0), derived_seed(0, 0, 0), derived_seed(-1)}
+    seeds |= {derived_seed(1, 23), derived_seed(12, 3), derived_seed(123)}
+    assert len(seeds) == len(grid) + 8
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert max(seeds) > 2**62  # all of the range is used
+    assert derived_seed(np.int64(5), torch.tensor(6)) == derived_seed(5, 6)
+
+
+def test_seed_everything_seeds_all_three():
+    def draws(*numbers):
+        seed_everything(*numbers)
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    first, again, other = draws(0, 1, 2), draws(0, 1, 2), draws(0, 1, 3)
+    assert first == again
+    assert all(a != b for a, b in zip(first, other, strict=True))
+
+
+# -------------------------------------------------------------------------------- meters
+
+
+def test_meters_are_weighted_means():
+    values, counts = [0.5, 2.0, -1.25, 7.0], [3, 1, 4, 2]
+    meters = Meters()
+    for value, count in zip(values, counts, strict=True):
+        meters.update(count, plain=value, tensor=torch.tensor(value, requires_grad=True))
+        meters.update(torch.tensor(count), counted=torch.tensor(value).half())
+        meters.update(unweighted=value)
+    weighted = (3 * 0.5 + 1 * 2.0 - 4 * 1.25 + 2 * 7.0) / 10
+    means = meters.means()
+    assert list(means) == ["plain", "tensor", "counted", "unweighted"]
+    assert all(type(mean) is float for mean in means.values())
+    for name in ("plain", "tensor", "counted"):
+        assert means[name] == pytest.approx(weighted, abs=1e-12)
+    assert means["unweighted"] == pytest.approx(8.25 / 4, abs=1e-12)
+    assert meters.totals()["plain"] == (pytest.approx(weighted * 10), 10.0)
+    assert meters.means_over_ranks() == means  # alone: the same
+    assert meters.count_over_ranks("plain") == 10 and meters.count_over_ranks("absent") == 0
+
+
+def test_a_meter_that_counted_nothing_has_no_mean():
+    meters = Meters()
+    assert meters.means() == {} == meters.totals()
+    meters.update(0, empty=0.0, tensor=torch.tensor(3.0))
+    meters.update(torch.tensor(0), late=torch.tensor(1.0))
+    assert meters.means() == {"empty": None, "tensor": None, "late": None}
+    meters.update(torch.tensor(2), late=torch.tensor(5.0))
+    assert meters.means()["late"] == 5.0
+
+
+def test_sums_do_not_lose_small_steps():
+    meters = Meters()
+    for value in [1e8] + [1.0] * 100:
+        meters.update(value=torch.tensor(value))
+    assert meters.totals()["value"] == (100_000_100.0, 101.0)  # float32 would stay at 1e8
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), torch.tensor(float("nan"))])
+def test_a_meter_knows_whether_it_was_always_finite(bad):
+    meters = Meters()
+    meters.update(loss=1.0, other=torch.tensor(2.0))
+    assert meters.is_finite("loss") is True and meters.is_finite("other") is True
+    meters.update(loss=bad)
+    meters.update(loss=1.0, other=1.0)
+    assert meters.is_finite("loss") is False and meters.is_finite("other") is True
+
+
+def test_ranks_are_merged_by_their_counts(monkeypatch):
+    monkeypatch.setattr(utils, "gather", lambda totals: [totals, {"loss": (30.0, 10.0), "far": (4.0, 2.0)}])
+    meters = Meters()
+    meters.update(5, loss=1.0, near=3.0)
+    assert meters.means_over_ranks() == {"loss": 35 / 15, "near": 3.0, "far": 2.0}
+    assert meters.count_over_ranks("loss") == 15
+
+
+# -------------------------------------------------------------------------------- progress
+
+
+@pytest.mark.parametrize("total, every, printed", [
+    (25, 10, [1, 11, 21, 25]), (21, 10, [1, 11, 21]), (1, 10, [1]), (4, 1, [1, 2, 3, 4]), (3, 50, [1, 3])])
+def test_progress_prints_the_first_each_every_and_the_last(capsys, total, every, printed):
+    asked, seen = [], []
+
+    def figures():
+        asked.append(len(seen))
+        return {"loss": 2.0 * len(seen), "nothing": None}
+
+    for item in Progress("Epoch 3", total, every, figures)(range(100, 100 + total)):
+        seen.append(item)
+    lines = capsys.readouterr().out.splitlines()
+    assert seen == list(range(100, 100 + total))
+    assert asked == printed  # the device is waited for only where a line is printed
+    width = len(str(total))
+    for line, step in zip(lines, printed, strict=True):
+        assert line.startswith(f"Epoch 3 [{step:{width}d}/{total}]  eta: ")
+        assert f"  loss: {2.0 * step:.4g}  time: " in line and "nothing" not in line
+    assert "eta: 0:00:00" in lines[-1]
+
+
+def test_eta_is_the_mean_step_times_what_is_left(capsys, monkeypatch):
+    clock = iter(range(0, 10_000, 60))  # every look at the clock is a minute after the one before
+    monkeypatch.setattr(utils.time, "perf_counter", lambda: next(clock))
+    list(Progress("", 3, 1)("abc"))
+    # Looks: start; then data, step, eta, last of each item, so the eta is asked at 3, 7 and 11 minutes.
+    etas = re.findall(r"eta: (\S+)", capsys.readouterr().out)
+    assert etas == ["0:06:00", "0:03:30", "0:00:00"]
+
+
+def test_progress_passes_an_error_on():
+    def broken():
+        yield 1
+        raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        list(Progress("", 5)(broken()))
+
+
+# -------------------------------------------------------------------------------- process group
+
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS",
+            "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_NODELIST",
+            "SLURM_NTASKS")  # fmt: skip
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """No launcher's environment, and none left behind."""
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def slurm(monkeypatch, **more):
+    step = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "1234567",
+            "SLURM_STEP_NODELIST": "node[07-08]"}  # fmt: skip
+    for name, value in {**step, **more}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_slurm_step_of_four(alone):
+    slurm(alone, MASTER_ADDR="node07")
+    assert utils._slurm_environment() == {
+        "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node07",
+        "MASTER_PORT": "34567"}  # fmt: skip  # 20,000 + the job's number modulo 20,000
+    alone.setenv("MASTER_PORT", "29500")
+    assert utils._slurm_environment()["MASTER_PORT"] == "29500"
+
+
+def test_slurm_ports_are_valid_and_differ_between_jobs(alone):
+    ports = []
+    for job in (1, 2, 19_999, 20_000, 987_654_321):
+        slurm(alone, MASTER_ADDR="x", SLURM_JOB_ID=str(job))
+        ports.append(int(utils._slurm_environment()["MASTER_PORT"]))
+    assert ports == [20_001, 20_002, 39_999, 20_000, 34_321]
+
+
+def test_the_first_host_comes_from_scontrol(alone, tmp_path):
+    script = tmp_path / "scontrol"
+    script.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[07-08]" ] && printf "node07\\nnode08\\n"\n')
+    script.chmod(0o755)
+    alone.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    slurm(alone)
+    assert utils._slurm_environment()["MASTER_ADDR"] == "node07"
+
+
+@pytest.mark.parametrize("env", [
+    {}, {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"},  # a batch step
+    {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_ID": "7"}])  # fmt: skip
+def test_no_step_of_several_tasks(alone, env):
+    for name, value in env.items():
+        alone.setenv(name, value)
+    assert utils._slurm_environment() == {}
+    assert init_distributed("cpu") == torch.device("cpu")
+    assert not torch.distributed.is_initialized() and "RANK" not in os.environ
+    assert utils.world_and_rank() == (1, 0) and utils.is_main() and utils.gather("x") == ["x"]
+
+
+def test_submitit_outside_slurm_is_refused(alone):
+    with pytest.raises(ValueError, match="--use_submitit true needs Slurm"):
+        init_distributed("cpu", from_slurm=True)
+    alone.setenv("SLURM_PROCID", "0")  # a job of one task
+    assert init_distributed("cpu", from_slurm=True) == torch.device("cpu")
+
+
+def test_more_processes_than_were_started_are_refused(alone):
+    with pytest.raises(ValueError, match="--world_size 4, but the launcher started 1: use torchrun"):
+        init_distributed("cpu", world_size=4)
+    alone.setenv("RANK", "0")
+    alone.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--world_size 4, but the launcher started 2"):
+        init_distributed("cpu", world_size=4)
+
+
+def test_cuda_without_a_gpu_is_refused(alone):
+    alone.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("cuda", "cuda:0"):
+        with pytest.raises(ValueError, match="--device cuda, but PyTorch sees no CUDA GPU"):
+            init_distributed(device)
+
+
+GROUP = """
+import torch, utils
+from utils import Meters
+device = utils.init_distributed("cpu", world_size=2)
+world, rank = utils.world_and_rank()
+meters = Meters()
+meters.update(1 + 2 * rank, loss=torch.tensor(4.0 * rank))
+if rank == 0:
+    meters.update(seen=5.0)
+norm = torch.nn.BatchNorm1d(2)
+norm.running_mean += 7.0 + rank
+utils.broadcast_buffers(norm)
+utils.say("rank", rank, "of", world, utils.gather(rank * 10), meters.means_over_ranks(),
+          meters.count_over_ranks("loss"))
+assert norm.running_mean.tolist() == [7.0, 7.0]
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_join_count_and_print_once(alone, tmp_path):
+    alone.setenv("OMP_NUM_THREADS", "1")
+    # The meeting point is a file: no port to be taken by someone else.
+    script = GROUP.replace("world_size=2", f"world_size=2, dist_url='file://{tmp_path}/meeting'")
+    started = [
+        subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                         env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"})
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert said == ["rank 0 of 2 [0, 10] {'loss': 3.0, 'seen': 5.0} 4\n", ""]
+
+
+# -------------------------------------------------------------------------------- files
+
+
+def test_json_lines_round_trip(tmp_path):
+    path = tmp_path / "log.txt"
+    records = [{"epoch": 0, "acc1": 12.5, "none": None}, {"epoch": 1, "note": "ü\n"}]
+    for record in records:
+        append_json_line(path, record)
+    lines = path.read_text(encoding="utf-8").split("\n")
+    assert lines.pop() == "" and [json.loads(line) for line in lines] == records
+
+
+def test_json_round_trip(tmp_path):
+    path, record = tmp_path / "run.json", {"args": {"lr": 1e-3, "betas": None}, "phases": [1, 2]}
+    write_json(path, {"old": 1, **{str(i): i for i in range(100)}})
+    write_json(path, record)
+    assert json.loads(path.read_text(encoding="utf-8")) == record
+    assert len(path.read_text().splitlines()) > 5  # indented, to be read by people
+    write_json(path, {"path": Path("a/b")})
+    assert json.loads(path.read_text()) == {"path": "a/b"}
+
+
+def test_environment_has_versions_and_revision():
+    seen = environment()
+    assert set(seen) == {"command", "python", "torch", "torchvision", "timm", "numpy", "gpu", "revision"}
+    assert seen["torch"] == torch.__version__ and seen["numpy"] == np.__version__
+    assert seen["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert seen["command"] == sys.argv
+    assert json.loads(json.dumps(seen)) == seen
+
+
+def test_revision_is_what_git_says(monkeypatch, tmp_path):
+    git = tmp_path / "git"
+    git.write_text(f'#!/bin/sh\n[ "$1 $2" = "-C {ROOT}" ] && echo abc1234-dirty\n')
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert environment()["revision"] == "abc1234-dirty"
+    git.write_text("#!/bin/sh\necho 'fatal: not a git repository' >&2\nexit 128\n")
+    assert environment()["revision"] is None
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing here"))  # no git at all
+    assert environment()["revision"] is None
