@@ -100,7 +100,9 @@ def read(path):
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()
         wanted = [line.strip() for line in reason if "GLOBAL" in line or "global" in line]
-        raise ValueError(f"Refused to load {path}, which is damaged or holds more than weights: {(wanted or reason)[0]}") from error
+        raise ValueError(
+            f"Refused to load {path}, which is damaged or holds more than weights: {(wanted or reason)[0]}"
+        ) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise ValueError(f"Cannot read the checkpoint {path}, it is damaged or no PyTorch file: {error}") from error
 
@@ -123,12 +125,16 @@ def load_weights(model, weights, path):
             f"{path} is of another network: it lacks {len(missing)} tensors of this one {missing[:2]} "
             f"and has {len(extra)} others {extra[:2]}; check --model and its flags."
         )
-    other = {key: (tuple(weights[key].shape), tuple(own[key].shape)) for key in own if weights[key].shape != own[key].shape}
+    other = {
+        key: (tuple(weights[key].shape), tuple(own[key].shape)) for key in own if weights[key].shape != own[key].shape
+    }
     classes = {(there[0], here[0]) for there, here in other.values() if here and there[1:] == here[1:]}
     if other and len(classes) == 1 and all(there[1:] == here[1:] for there, here in other.values()):
         there, here = classes.pop()
         raise ValueError(f"The head in {path} has {there} classes, but the data has {here} class folders.")
     if other:
         key, (there, here) = next(iter(other.items()))
-        raise ValueError(f"{path} is of another network: {key} is {there} there, {here} here; check --model and its flags.")
+        raise ValueError(
+            f"{path} is of another network: {key} is {there} there, {here} here; check --model and its flags."
+        )
     model.load_state_dict(weights)

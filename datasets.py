@@ -94,8 +94,13 @@ def image_folder(root):
     """
     root = Path(root)
     if not root.is_dir():
-        raise FileNotFoundError(f"There is no folder {root}: --data-path must hold train/ and val/, a folder a class in each.")
-    classes = sorted((e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".")), key=lambda name: (natural_key(name), name))
+        raise FileNotFoundError(
+            f"There is no folder {root}: --data-path must hold train/ and val/, a folder a class in each."
+        )
+    classes = sorted(
+        (e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".")),
+        key=lambda name: (natural_key(name), name),
+    )
     if not classes:
         raise ValueError(f"{root} holds no class folders: its images must lie in {root}/<class>/.")
     paths, targets = [], []
@@ -156,8 +161,9 @@ def read_split(path, samples):
 
 
 def _views(args):
-    strong = train_view(args.input_size, args.aa, args.color_jitter, args.train_interpolation,
-                        args.reprob, args.remode, args.recount)  # fmt: skip
+    strong = train_view(
+        args.input_size, args.aa, args.color_jitter, args.train_interpolation, args.reprob, args.remode, args.recount
+    )
     return strong, weak_view(args.input_size)
 
 

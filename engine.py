@@ -26,7 +26,9 @@ def _split(streams, n):
     return [x[:n] for x in streams], [x[n:] for x in streams]
 
 
-def train_step(state, student, teacher, labelled, unlabelled, recipe, *, autocast, consistent=False, mixup=None, clip_grad=None):
+def train_step(
+    state, student, teacher, labelled, unlabelled, recipe, *, autocast, consistent=False, mixup=None, clip_grad=None
+):
     """One optimizer step of the paper's section 3.
 
     Args:
@@ -84,8 +86,21 @@ def _stop_together(meters, epoch, step):
         )
 
 
-def train_one_epoch(state, student, teacher, labelled, unlabelled, recipe, *, epoch, steps, autocast, mixup=None,
-                    clip_grad=None, print_freq=10):  # fmt: skip
+def train_one_epoch(
+    state,
+    student,
+    teacher,
+    labelled,
+    unlabelled,
+    recipe,
+    *,
+    epoch,
+    steps,
+    autocast,
+    mixup=None,
+    clip_grad=None,
+    print_freq=10,
+):
     """Train for one epoch; `labelled` and `unlabelled` (or None) yield batches on the device, `steps` of them.
 
     Returns {meter: mean over all ranks and steps}: lr, the loss parts and, semi-supervised, the diagnostics.
@@ -98,8 +113,18 @@ def train_one_epoch(state, student, teacher, labelled, unlabelled, recipe, *, ep
     progress = Progress(f"Epoch {epoch}", steps, print_freq, meters.means)
     batches = zip(labelled, unlabelled if unlabelled is not None else itertools.repeat(None))
     for step, (with_labels, without) in enumerate(progress(batches)):
-        parts, diagnosis = train_step(state, student, teacher, with_labels, without, recipe, autocast=autocast,
-                                      consistent=consistent, mixup=mixup, clip_grad=clip_grad)  # fmt: skip
+        parts, diagnosis = train_step(
+            state,
+            student,
+            teacher,
+            with_labels,
+            without,
+            recipe,
+            autocast=autocast,
+            consistent=consistent,
+            mixup=mixup,
+            clip_grad=clip_grad,
+        )
         meters.update(lr=state.optimizer.param_groups[0]["lr"], **parts)
         for name, (value, count) in diagnosis.items():
             meters.update(count, **{name: value})

@@ -53,8 +53,7 @@ class Recipe:
         return self.dual_consistency and self.is_semi(epoch) and epoch >= self.consistency_start_epoch
 
 
-def smoothed_cross_entropy(logits: Tensor, target: Tensor, smoothing: float,
-                           reduction: str = "mean") -> Tensor:
+def smoothed_cross_entropy(logits: Tensor, target: Tensor, smoothing: float, reduction: str = "mean") -> Tensor:
     """Cross-entropy (nats) against (1 - smoothing) * one-hot + smoothing / C, as in Weng et al., ECCV 2022.
 
     Args:
@@ -71,9 +70,15 @@ def smoothed_cross_entropy(logits: Tensor, target: Tensor, smoothing: float,
     return F.cross_entropy(logits, target, label_smoothing=smoothing, reduction=reduction)
 
 
-def objective(labelled_logits: list[Tensor], labels: Tensor, strong_logits: list[Tensor] | None,
-              targets: Tensor | None, weights: Tensor | None, recipe: Recipe,
-              features: tuple[list[Tensor], list[Tensor]] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+def objective(
+    labelled_logits: list[Tensor],
+    labels: Tensor,
+    strong_logits: list[Tensor] | None,
+    targets: Tensor | None,
+    weights: Tensor | None,
+    recipe: Recipe,
+    features: tuple[list[Tensor], list[Tensor]] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of one step (Weng et al., ECCV 2022): supervised + lambda * unlabelled (+ consistency).
 
     Args:
@@ -105,8 +110,7 @@ def objective(labelled_logits: list[Tensor], labels: Tensor, strong_logits: list
         raise ValueError(f"the objective is for one stream or two, not {streams}.")
 
     parts = {}
-    supervised = [smoothed_cross_entropy(logits, labels, recipe.smoothing) / streams
-                  for logits in labelled_logits]
+    supervised = [smoothed_cross_entropy(logits, labels, recipe.smoothing) / streams for logits in labelled_logits]
     total = _weighted_sum(ratios, supervised)
     if streams == 2:
         parts |= {f"loss{name}": loss for name, loss in zip(names, supervised, strict=True)}
@@ -115,8 +119,10 @@ def objective(labelled_logits: list[Tensor], labels: Tensor, strong_logits: list
         # ours: `unlabel_smooth` holds for a single stream too, where the released code ignores it.
         smoothing = recipe.smoothing if recipe.unlabel_smooth else 0.0
         # released code: the mean is over all unlabelled images, not the kept: few sure images count little.
-        unlabelled = [(weights * smoothed_cross_entropy(logits, targets, smoothing, "none")).mean() / streams
-                      for logits in strong_logits]
+        unlabelled = [
+            (weights * smoothed_cross_entropy(logits, targets, smoothing, "none")).mean() / streams
+            for logits in strong_logits
+        ]
         total = total + recipe.semi_lambda * _weighted_sum(ratios_u, unlabelled)
         parts |= {f"loss{name}_u": loss for name, loss in zip(names, unlabelled, strict=True)}
 
@@ -201,5 +207,4 @@ def _cosine(anchor: Tensor, other: Tensor) -> Tensor:
 def _euclidean(anchor: Tensor, other: Tensor) -> Tensor:
     # ours: |a|^2 + |b|^2 - 2ab rounds, even below 0, for close rows, and the released code takes its root
     # (NaN); this mode subtracts first, so equal rows are at exactly 0, with gradient 0.
-    return torch.cdist(_full_precision(anchor), _full_precision(other),
-                       compute_mode="donot_use_mm_for_euclid_dist")
+    return torch.cdist(_full_precision(anchor), _full_precision(other), compute_mode="donot_use_mm_for_euclid_dist")

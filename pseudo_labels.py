@@ -32,8 +32,9 @@ def _follow(scaled: Tensor, threshold: float, merge) -> tuple[Tensor, Tensor]:
     return said.target, said.sure
 
 
-def _arbitrate(scaled: Tensor, threshold: float, dispute: str, differ: float, conv_alone: float,
-               trans_alone: float) -> tuple[Tensor, Tensor]:
+def _arbitrate(
+    scaled: Tensor, threshold: float, dispute: str, differ: float, conv_alone: float, trans_alone: float
+) -> tuple[Tensor, Tensor]:
     """Both streams are heard: 1 where both are sure and agree, 0 where none is sure, else the given weights.
 
     `differ`, `conv_alone`, `trans_alone`: the weight where both are sure of different classes, only the CNN
@@ -47,8 +48,12 @@ def _arbitrate(scaled: Tensor, threshold: float, dispute: str, differ: float, co
         # released code: a tie of probabilities goes to the transformer.
         conv_wins = conv.sure & (~trans.sure | (conv.probability > trans.probability))
     targets = torch.where(conv_wins, conv.target, trans.target)
-    weights = ((both & agree) + differ * (both & ~agree)
-               + conv_alone * (conv.sure & ~trans.sure) + trans_alone * (trans.sure & ~conv.sure))
+    weights = (
+        (both & agree)
+        + differ * (both & ~agree)
+        + conv_alone * (conv.sure & ~trans.sure)
+        + trans_alone * (trans.sure & ~conv.sure)
+    )
     # released code: an image of no weight has target 0; it is what the reference numbers hold.
     return targets.masked_fill(weights == 0, 0), weights
 
@@ -78,8 +83,9 @@ POLICIES = {
 }
 
 
-def select_targets(conv_logits: Tensor, trans_logits: Tensor, policy: str, threshold: float,
-                   temperature: float) -> tuple[Tensor, Tensor]:
+def select_targets(
+    conv_logits: Tensor, trans_logits: Tensor, policy: str, threshold: float, temperature: float
+) -> tuple[Tensor, Tensor]:
     """Targets and weights of U unlabelled images, from the weak-view logits of both streams (Semiformer,
     Weng et al., ECCV 2022; the fifteen policies are those of the released code).
 
@@ -102,8 +108,7 @@ def select_targets(conv_logits: Tensor, trans_logits: Tensor, policy: str, thres
     return targets, weights.to(scaled.dtype)
 
 
-def pseudo_label(weak_logits: list[Tensor], policy: str, threshold: float,
-                 temperature: float) -> tuple[Tensor, Tensor]:
+def pseudo_label(weak_logits: list[Tensor], policy: str, threshold: float, temperature: float) -> tuple[Tensor, Tensor]:
     """`select_targets` for whatever network there is: its weak-view logits, (U, C) a stream.
 
     Of two streams (CNN first) the policy chooses. A single stream labels for itself, with its arg-max, T
@@ -122,8 +127,9 @@ def pseudo_label(weak_logits: list[Tensor], policy: str, threshold: float,
     return said.target, said.sure.to(scaled.dtype)
 
 
-def diagnostics(targets: Tensor, weights: Tensor, truth: Tensor,
-                weak_logits: list[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def diagnostics(
+    targets: Tensor, weights: Tensor, truth: Tensor, weak_logits: list[Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
     """How good the pseudo-labels of Weng et al. (ECCV 2022) are; the only reader of the true classes.
 
     Args:

@@ -77,12 +77,22 @@ def learning_rates(args):
 def _mixup(args, num_classes):
     if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
         return None
-    return Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
-                 label_smoothing=args.smoothing, num_classes=num_classes)  # fmt: skip
+    return Mixup(
+        args.mixup,
+        args.cutmix,
+        args.cutmix_minmax,
+        args.mixup_prob,
+        args.mixup_switch_prob,
+        args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
 
 
 def _network(args, num_classes):
-    return build_model(args.model, num_classes, args.input_size, args.drop, args.drop_path, args.drop_block, args.remove_fcu)
+    return build_model(
+        args.model, num_classes, args.input_size, args.drop, args.drop_path, args.drop_block, args.remove_fcu
+    )
 
 
 def _distributed(model, device):
@@ -97,13 +107,25 @@ def _distributed(model, device):
 
 def _evaluate(args, model, views, device, autocast):
     world, rank = utils.world_and_rank()
-    loader = evaluation_loader(views, int(3 * args.batch_size), world=world, rank=rank,
-                               num_workers=args.num_workers, pin_memory=args.pin_mem and device.type == "cuda")  # fmt: skip
+    loader = evaluation_loader(
+        views,
+        int(3 * args.batch_size),
+        world=world,
+        rank=rank,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and device.type == "cuda",
+    )
     return evaluate(model, to_device(loader, device), autocast=autocast)
 
 
 def _summary(name, meters):
-    figures = {"": "acc1", "CNN": "acc1_head1", "transformer": "acc1_head2", "softmax mean": "acc1_softmax", "top-5": "acc5"}
+    figures = {
+        "": "acc1",
+        "CNN": "acc1_head1",
+        "transformer": "acc1_head2",
+        "softmax mean": "acc1_softmax",
+        "top-5": "acc5",
+    }
     words = [f"{label} {meters[key]:.3f}".strip() for label, key in figures.items() if key in meters]
     return f"* {name} top-1 {', '.join(words)}, loss {meters['loss']:.4f}, {meters['images']} images"
 
@@ -191,21 +213,30 @@ class Run:
     def describe(self):
         """Say what will happen, and keep it in OUTPUT/run.json before the first step."""
         args, rates = self.args, learning_rates(self.args)
-        say(f"{args.model}: {self.n_parameters:,} parameters, {len(self.labelled.samples.classes)} classes, amp {self.precision}")
-        say(f"{len(self.labelled):,} labelled, {len(self.unlabelled or ()):,} unlabelled, {len(self.validation):,} validation images")
+        classes, sizes = len(self.labelled.samples.classes), (self.labelled, self.unlabelled or (), self.validation)
+        say(f"{args.model}: {self.n_parameters:,} parameters, {classes} classes, amp {self.precision}")
+        say("{:,} labelled, {:,} unlabelled, {:,} validation images".format(*map(len, sizes)))
         phases = {}
         for semi, (labelled, unlabelled, steps) in sorted(self.phases.items()):
             name = "semi-supervised" if semi else "supervised"
             phases[name] = {"labelled": labelled, "unlabelled": unlabelled, "steps_per_epoch": steps}
-            say(f"{name}: {labelled} + {unlabelled} images a process and step, "
-                f"{(labelled + unlabelled) * self.world} in all on {self.world} process(es); {steps} steps an epoch")  # fmt: skip
+            say(
+                f"{name}: {labelled} + {unlabelled} images a process and step, "
+                f"{(labelled + unlabelled) * self.world} in all on {self.world} process(es); {steps} steps an epoch"
+            )
         shown = sorted({0, 1, 2, args.warmup_epochs + 1, args.epochs // 2, args.epochs - 1} & set(range(args.epochs)))
         say("learning rate: " + ", ".join(f"{rates[e]:.3g} in epoch {e}" for e in shown))
         if not args.output_dir:
             say("No --output_dir: nothing of this run is saved.")
         elif utils.is_main():
-            record = {"args": vars(args), "environment": utils.environment(), "n_parameters": self.n_parameters,
-                      "world_size": self.world, "amp": self.precision, "phases": phases}  # fmt: skip
+            record = {
+                "args": vars(args),
+                "environment": utils.environment(),
+                "n_parameters": self.n_parameters,
+                "world_size": self.world,
+                "amp": self.precision,
+                "phases": phases,
+            }
             utils.write_json(Path(args.output_dir, "run.json"), record)
 
     def train_epoch(self, epoch):
@@ -215,17 +246,33 @@ class Run:
         utils.seed_everything(args.seed, epoch, self.rank)
 
         def batches(views, order, size, stream):
-            loader = training_loader(views, order, size, steps, seed=args.seed, epoch=epoch, rank=self.rank,
-                                     num_workers=args.num_workers, stream=stream,
-                                     pin_memory=args.pin_mem and self.device.type == "cuda")  # fmt: skip
+            loader = training_loader(
+                views,
+                order,
+                size,
+                steps,
+                seed=args.seed,
+                epoch=epoch,
+                rank=self.rank,
+                num_workers=args.num_workers,
+                stream=stream,
+                pin_memory=args.pin_mem and self.device.type == "cuda",
+            )
             return to_device(loader, self.device)
 
         return train_one_epoch(
-            self.state, self.student, self.state.model,
+            self.state,
+            self.student,
+            self.state.model,
             batches(self.labelled, self.labelled_order, labelled_batch, 0),
             batches(self.unlabelled, self.unlabelled_order, unlabelled_batch, 1) if semi else None,
-            self.recipe, epoch=epoch, steps=steps, autocast=self.autocast, mixup=self.mixup, clip_grad=args.clip_grad,
-        )  # fmt: skip
+            self.recipe,
+            epoch=epoch,
+            steps=steps,
+            autocast=self.autocast,
+            mixup=self.mixup,
+            clip_grad=args.clip_grad,
+        )
 
     def evaluate(self):
         """Meters of the raw weights, and of the averaged ones under `ema_<meter>`."""
@@ -273,7 +320,9 @@ class Run:
         self.save(*names)
         if measured and args.output_dir and utils.is_main():
             record = {f"train_{k}": v for k, v in train_meters.items()} | {f"test_{k}": v for k, v in meters.items()}
-            utils.append_json_line(Path(args.output_dir, "log.txt"), record | {"epoch": epoch, "n_parameters": self.n_parameters})
+            utils.append_json_line(
+                Path(args.output_dir, "log.txt"), record | {"epoch": epoch, "n_parameters": self.n_parameters}
+            )
 
 
 def train(args, device):

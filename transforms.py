@@ -36,7 +36,9 @@ def _to_tensor():
     return [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
 
 
-def train_view(size, aa="rand-m9-mstd0.5-inc1", color_jitter=0.4, interpolation="bicubic", reprob=0.25, remode="pixel", recount=1):
+def train_view(
+    size, aa="rand-m9-mstd0.5-inc1", color_jitter=0.4, interpolation="bicubic", reprob=0.25, remode="pixel", recount=1
+):
     """The labelled and the strong view: timm's training transform.
 
     Args:

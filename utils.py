@@ -53,7 +53,9 @@ def init_distributed(device, dist_url="env://", world_size=1, from_slurm=False):
     """
     env = {} if "RANK" in os.environ else _slurm_environment()
     if from_slurm and not env and "SLURM_PROCID" not in os.environ:
-        raise ValueError("--use_submitit true needs Slurm's environment: start with run_with_submitit.py, or pass false.")
+        raise ValueError(
+            "--use_submitit true needs Slurm's environment: start with run_with_submitit.py, or pass false."
+        )
     os.environ.update(env)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size not in (1, world):

@@ -5,11 +5,12 @@ import difflib
 import timm
 
 from models import baselines, convmixer, semiformer  # noqa: F401  (importing is registering)
-from models.baselines import MyResNet, SingleStream, single_stream
-from models.semiformer import Semiformer
+from models.baselines import MyResNet, single_stream
 
 
-def build_model(name, num_classes, img_size=224, drop=0.0, drop_path=0.0, drop_block=None, remove_fcu=False, **overrides):
+def build_model(
+    name, num_classes, img_size=224, drop=0.0, drop_path=0.0, drop_block=None, remove_fcu=False, **overrides
+):
     """Build any network behind the contract of ours: `model(images) -> list of logits`, one a stream.
 
     Args:

@@ -17,7 +17,9 @@ LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 def transformer_block(embed_dim, num_heads, mlp_ratio, qkv_bias, drop, drop_path):
     """timm's pre-norm block; `drop` acts after attention's projection and after both MLP layers, nowhere else."""
-    return Block(embed_dim, num_heads, mlp_ratio, qkv_bias=qkv_bias, proj_drop=drop, drop_path=drop_path, norm_layer=LayerNorm)
+    return Block(
+        embed_dim, num_heads, mlp_ratio, qkv_bias=qkv_bias, proj_drop=drop, drop_path=drop_path, norm_layer=LayerNorm
+    )
 
 
 class ConvBlock(nn.Module):
@@ -108,7 +110,9 @@ class ConvTransBlock(nn.Module):
         remove_fcu: never exchange anything; squeeze and expand stay in the state dict, unused.
     """
 
-    def __init__(self, cnn_block, fusion_block, trans_block, channels, embed_dim, stride, med_blocks=(), remove_fcu=False):
+    def __init__(
+        self, cnn_block, fusion_block, trans_block, channels, embed_dim, stride, med_blocks=(), remove_fcu=False
+    ):
         super().__init__()
         self.remove_fcu = remove_fcu
         self.cnn_block = cnn_block

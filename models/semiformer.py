@@ -28,9 +28,25 @@ class Semiformer(nn.Module):
         pos_embed: learn a position embedding for 224 px; another input size reads it resized (bicubic).
     """
 
-    def __init__(self, patch_size=16, in_chans=3, num_classes=1000, base_channel=64, channel_ratio=4, num_med_block=0,
-                 embed_dim=384, depth=12, num_heads=6, mlp_ratio=4.0, qkv_bias=True, drop_rate=0.0, drop_path_rate=0.0,
-                 remove_fcu=False, narrow=False, pos_embed=False):  # fmt: skip
+    def __init__(
+        self,
+        patch_size=16,
+        in_chans=3,
+        num_classes=1000,
+        base_channel=64,
+        channel_ratio=4,
+        num_med_block=0,
+        embed_dim=384,
+        depth=12,
+        num_heads=6,
+        mlp_ratio=4.0,
+        qkv_bias=True,
+        drop_rate=0.0,
+        drop_path_rate=0.0,
+        remove_fcu=False,
+        narrow=False,
+        pos_embed=False,
+    ):
         super().__init__()
         if patch_size % 16:
             raise ValueError(f"patch_size must be a multiple of 16, not {patch_size}.")
@@ -41,7 +57,9 @@ class Semiformer(nn.Module):
         self.patch_size, self.num_classes, self.embed_dim = patch_size, num_classes, embed_dim
         self.remove_fcu = remove_fcu
         self.num_features = base_channel * channel_ratio * 4
-        self._transformer = dict(embed_dim=embed_dim, num_heads=num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, drop=drop_rate)
+        self._transformer = dict(
+            embed_dim=embed_dim, num_heads=num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, drop=drop_rate
+        )
 
         # Creation order is the order of the published state dict.
         if pos_embed:

@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS, EPOCHS = 50, 11
 COMMON = f"""--device cpu --data-set SEMI-IMNET --model Semiformer_micro_patch16 --input-size 48 --epochs {EPOCHS}
     --steps-per-epoch {STEPS} --evaluate-freq 2 --lr 1e-3 --warmup-epochs 0 --drop-path 0 --mixup 0 --cutmix 0
-    --no-repeated-aug --smoothing 0 --aa none --color-jitter 0 --reprob 0 --model-ema-decay 0.99 --num_workers 1""".split()
+    --no-repeated-aug --smoothing 0 --aa none --color-jitter 0 --reprob 0
+    --model-ema-decay 0.99 --num_workers 1""".split()
 RUNS = {
     "supervised": "--supervise-only --batch-size 8".split(),
     "semi": "--batch-size 32 --mu 0.25 --threshold 0.9 --semi-lambda 1".split(),
@@ -63,8 +64,15 @@ def draw(folders, picture):
             for i, folder in enumerate(folders):
                 lines = [json.loads(line) for line in (folder / name / "log.txt").read_text().splitlines()]
                 label = {"supervised": "labelled images only", "semi": "with pseudo labels"}[name] if i == 0 else None
-                axis.plot([(x["epoch"] + 1) * STEPS for x in lines], [x[f"test_{meter}"] for x in lines],
-                          style, color=colour, label=label, marker="o", markersize=3)  # fmt: skip
+                axis.plot(
+                    [(x["epoch"] + 1) * STEPS for x in lines],
+                    [x[f"test_{meter}"] for x in lines],
+                    style,
+                    color=colour,
+                    label=label,
+                    marker="o",
+                    markersize=3,
+                )
         axis.set_title(title)
         axis.set_xlabel("optimizer steps")
         axis.grid(alpha=0.3)
@@ -91,11 +99,15 @@ def main():
     print()
     for seed, result in zip(args.seeds, results):
         for name, meters in result.items():
-            print(f"seed {seed} {name:10s} top-1 {meters['acc1']:.1f}  CNN {meters['acc1_head1']:.1f}  "
-                  f"transformer {meters['acc1_head2']:.1f}  EMA {meters['ema']['acc1']:.1f}")  # fmt: skip
+            print(
+                f"seed {seed} {name:10s} top-1 {meters['acc1']:.1f}  CNN {meters['acc1_head1']:.1f}  "
+                f"transformer {meters['acc1_head2']:.1f}  EMA {meters['ema']['acc1']:.1f}"
+            )
     mean = {name: np.mean([result[name]["acc1"] for result in results]) for name in RUNS}
-    print(f"supervised={mean['supervised']:.1f} semi={mean['semi']:.1f} steps={STEPS * EPOCHS} "
-          f"seconds={time.time() - start:.0f} picture={picture}")  # fmt: skip
+    print(
+        f"supervised={mean['supervised']:.1f} semi={mean['semi']:.1f} steps={STEPS * EPOCHS} "
+        f"seconds={time.time() - start:.0f} picture={picture}"
+    )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,9 @@ def write_digits(out, labels, seed, tune=False):
     train, val = divide(len(digits.target), tune)
     per_class = labels // 10
     if labels % 10 or not 0 < per_class <= min(np.bincount(digits.target[train])):
-        raise ValueError(f"--labels {labels} must be a positive multiple of 10 within the train part of {len(train)} images.")
+        raise ValueError(
+            f"--labels {labels} must be a positive multiple of 10 within the train part of {len(train)} images."
+        )
     for part, indices in (("train", train), ("val", val)):
         for i in indices:
             folder = Path(out, part, f"digit{digits.target[i]}")

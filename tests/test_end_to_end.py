@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -10,10 +11,22 @@ import pytest
 import torch
 from trees import ROOT, SMALL, make_tree, semi_main
 
-from semi_main import main
 from options import get_args_parser
+from semi_main import main
 
-RUN = [*SMALL, "--batch-size", "6", "--mu", "0.34", "--threshold", "0.3", "--warmup-epochs", "0", "--model-ema-decay", "0.5"]
+RUN = [
+    *SMALL,
+    "--batch-size",
+    "6",
+    "--mu",
+    "0.34",
+    "--threshold",
+    "0.3",
+    "--warmup-epochs",
+    "0",
+    "--model-ema-decay",
+    "0.5",
+]
 
 
 def log(folder):
@@ -47,10 +60,33 @@ def test_two_ranks_train_two_epochs_and_leave_what_a_user_needs(two_ranks):
     assert sorted(os.listdir(out)) == ["best.pth", "checkpoint.pth", "epoch_0_checkpoint.pth", "log.txt", "run.json"]
     first, second = log(out)
     assert (first["epoch"], second["epoch"]) == (0, 1) and "train_loss_0_u" not in first
-    published = {"train_lr", "train_loss", "train_loss_0", "train_loss_1", "train_loss_0_u", "train_loss_1_u", "n_parameters"}
+    published = {
+        "train_lr",
+        "train_loss",
+        "train_loss_0",
+        "train_loss_1",
+        "train_loss_0_u",
+        "train_loss_1_u",
+        "n_parameters",
+    }
     diagnostics = {"train_mask_rate", "train_pseudo_acc", "train_agreement"}
-    tests = {f"test_{p}{m}" for p in ("", "ema_") for m in ("loss", "loss_0", "loss_1", "acc1", "acc5", "acc1_head1",
-             "acc5_head1", "acc1_head2", "acc5_head2", "acc1_softmax", "acc5_softmax")}  # fmt: skip
+    tests = {
+        f"test_{p}{m}"
+        for p in ("", "ema_")
+        for m in (
+            "loss",
+            "loss_0",
+            "loss_1",
+            "acc1",
+            "acc5",
+            "acc1_head1",
+            "acc5_head1",
+            "acc1_head2",
+            "acc5_head2",
+            "acc1_softmax",
+            "acc5_softmax",
+        )
+    }
     assert set(second) == published | diagnostics | tests | {"epoch"}
     assert 0 < second["train_mask_rate"] <= 1
     said = done.stdout
@@ -80,7 +116,18 @@ def test_a_stopped_run_resumes_and_ends_as_one_never_stopped(two_ranks, tmp_path
     semi_main(*words, "--epochs", "3", "--sched", "step", "--output_dir", whole, processes=2)
     part = tmp_path / "part"
     semi_main(*words, "--epochs", "2", "--sched", "step", "--output_dir", part, processes=2)
-    semi_main(*words, "--epochs", "3", "--sched", "step", "--output_dir", part, "--resume", part / "checkpoint.pth", processes=2)
+    semi_main(
+        *words,
+        "--epochs",
+        "3",
+        "--sched",
+        "step",
+        "--output_dir",
+        part,
+        "--resume",
+        part / "checkpoint.pth",
+        processes=2,
+    )
     assert log(whole) == log(part)
     one, other = (torch.load(f / "checkpoint.pth", weights_only=False) for f in (whole, part))
     for key in ("model", "model_ema"):
@@ -95,7 +142,16 @@ def test_eval_needs_val_and_the_checkpoint_alone_and_a_published_file_does(two_r
     content = torch.load(out / "checkpoint.pth", weights_only=False)
     del content["scaler"], content["best"]
     torch.save(content, tmp_path / "semiformer.pth")
-    words = [*SMALL, "--eval", "--batch-size", "6", "--data-path", tmp_path / "data", "--resume", tmp_path / "semiformer.pth"]
+    words = [
+        *SMALL,
+        "--eval",
+        "--batch-size",
+        "6",
+        "--data-path",
+        tmp_path / "data",
+        "--resume",
+        tmp_path / "semiformer.pth",
+    ]
     run_main(*words, "--data-split-file", "nowhere.txt", "--output_dir", tmp_path)
     result = json.loads((tmp_path / "eval.json").read_text())
     assert result["acc1"] == pytest.approx(log(out)[-1]["test_acc1"]) and "ema" in result
@@ -105,34 +161,83 @@ def test_eval_needs_val_and_the_checkpoint_alone_and_a_published_file_does(two_r
 def test_eval_script_prints_ours_beside_the_published_figure(two_ranks, tree, tmp_path):
     out, _, _ = two_ranks
     done = subprocess.run(
-        ["bash", ROOT / "script/eval.sh", *SMALL, "--batch-size", "6"], capture_output=True, text=True, cwd=tmp_path,
-        env={**os.environ, "CHECKPOINT": str(out / "checkpoint.pth"), "DATA_ROOT": str(tree), "PYTHON": sys.executable,
-             "OUTPUT": str(tmp_path)})  # fmt: skip
+        ["bash", ROOT / "script/eval.sh", *SMALL, "--batch-size", "6"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "CHECKPOINT": str(out / "checkpoint.pth"),
+            "DATA_ROOT": str(tree),
+            "PYTHON": sys.executable,
+            "OUTPUT": str(tmp_path),
+        },
+    )
     acc1 = log(out)[-1]["test_acc1"]
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"ours {acc1:.2f} (published 75.5)  21 images, 3 classes" in done.stdout
 
 
-@pytest.mark.parametrize("acc1,images,status", [(75.5, 50_000, 0), (75.41, 50_000, 0), (75.39, 50_000, 1), (70.0, 40_000, 0)])
+@pytest.mark.parametrize(
+    "acc1,images,status", [(75.5, 50_000, 0), (75.41, 50_000, 0), (75.39, 50_000, 1), (70.0, 40_000, 0)]
+)
 def test_eval_script_fails_only_on_the_whole_validation_set(tmp_path, acc1, images, status):
     fake = tmp_path / "python"
     result = json.dumps({"acc1": acc1, "images": images, "classes": 1000})
-    fake.write_text(f"#!/bin/sh\nif [ \"$1\" = - ]; then exec {sys.executable} \"$@\"; fi\necho '{result}' > {tmp_path}/eval.json\n")
+    fake.write_text(
+        f'#!/bin/sh\nif [ "$1" = - ]; then exec {sys.executable} "$@"; fi\necho \'{result}\' > {tmp_path}/eval.json\n'
+    )
     fake.chmod(0o755)
     env = {**os.environ, "CHECKPOINT": "x", "DATA_ROOT": "y", "PYTHON": str(fake), "OUTPUT": str(tmp_path)}
     assert subprocess.run(["bash", ROOT / "script/eval.sh"], env=env, capture_output=True).returncode == status
 
 
 def test_the_published_run_script_goes_through_the_same_program(tree, tmp_path):
-    env = {**os.environ, "DATA_ROOT": str(tree), "SPLIT": str(tree / "labelled.txt"), "OUTPUT": str(tmp_path), "NGPU": "2",
-           "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}  # fmt: skip
+    env = {
+        **os.environ,
+        "DATA_ROOT": str(tree),
+        "SPLIT": str(tree / "labelled.txt"),
+        "OUTPUT": str(tmp_path),
+        "NGPU": "2",
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+    }
     short = [*SMALL, "--batch-size", "6", "--mu", "0.34", "--epochs", "1", "--steps-per-epoch", "1"]
     done = subprocess.run(["bash", ROOT / "script/run_ddp_example.sh", *short], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     saved = json.loads((tmp_path / "run.json").read_text())["args"]
-    published = {"lr": 1e-3, "threshold": 0.7, "temperature": 1.0, "semi_lambda": 4.0, "semi_start_epoch": 30,
-                 "pseudo_type": "cnn", "unlabel_smooth": True, "evaluate_freq": 4, "smoothing": 0.1}  # fmt: skip
+    published = {
+        "lr": 1e-3,
+        "threshold": 0.7,
+        "temperature": 1.0,
+        "semi_lambda": 4.0,
+        "semi_start_epoch": 30,
+        "pseudo_type": "cnn",
+        "unlabel_smooth": True,
+        "evaluate_freq": 4,
+        "smoothing": 0.1,
+    }
     assert {key: saved[key] for key in published} == published and (tmp_path / "checkpoint.pth").is_file()
+
+
+@pytest.mark.parametrize("exclude", [False, True])
+def test_two_gloo_ranks_share_the_images_out(tree, tmp_path, exclude):
+    words = [*RUN, "--data-path", tree, "--data-split-file", tree / "labelled.txt"]
+    words += ["--unlabelDataset_exclude_labeledData"] if exclude else []
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run(
+        [*launcher, ROOT / "tests/ranks_indices.py", tmp_path, *map(str, words)],
+        check=True,
+        timeout=200,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    labelled, unlabelled = (sorted(ranks[0][name] + ranks[1][name]) for name in ("labelled", "unlabelled"))
+    # 3 classes x 12 images in the order of the folder, the first 8 names of each class labelled.
+    names = sorted(f"class{c}/c{c}_{i}.png" for c in range(3) for i in range(12))
+    expected = [i for i, name in enumerate(names) if int(name.split("_")[1][:-4]) < 8]
+    assert labelled == expected
+    assert unlabelled == sorted(set(range(36)) - set(expected)) if exclude else unlabelled == list(range(36))
 
 
 def test_ddp_survives_a_removed_fusion(tree, tmp_path):
@@ -143,31 +248,72 @@ def test_ddp_survives_a_removed_fusion(tree, tmp_path):
 
 
 def test_two_slurm_tasks_make_a_process_group(tree, tmp_path):
-    words = [*RUN, "--data-path", tree, "--data-split-file", tree / "labelled.txt", "--epochs", "1", "--steps-per-epoch", "2",
-             "--use_submitit", "true", "--output_dir", tmp_path]  # fmt: skip
+    words = [
+        *RUN,
+        "--data-path",
+        tree,
+        "--data-split-file",
+        tree / "labelled.txt",
+        "--epochs",
+        "1",
+        "--steps-per-epoch",
+        "2",
+        "--use_submitit",
+        "true",
+        "--output_dir",
+        tmp_path,
+    ]
     slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "4711", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     tasks = [
-        subprocess.Popen([sys.executable, ROOT / "semi_main.py", *map(str, words)], stdout=subprocess.PIPE, text=True,
-                         env={**os.environ, **slurm, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)})
+        subprocess.Popen(
+            [sys.executable, ROOT / "semi_main.py", *map(str, words)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **slurm, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+        )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     said = [task.communicate(timeout=200)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0]
     assert "12 in all on 2 process(es)" in said[0] and said[1] == ""
 
 
 BAD = [
-    ("missing data", ["--data-path", "nowhere"], "There is no folder nowhere/train: --data-path must hold train/ and val/"),
+    (
+        "missing data",
+        ["--data-path", "nowhere"],
+        "There is no folder nowhere/train: --data-path must hold train/ and val/",
+    ),
     ("empty class", ["--data-path", "EMPTY"], "The class folder .*train/class9 holds no image"),
     ("absent entry", ["--data-split-file", "ABSENT"], r"absent.txt, line 1: 'c7_99.png' is not among the 36 images"),
-    ("leaving entry", ["--data-split-file", "LEAVING"], r"leaving.txt, line 1: '../val/class0/c0_0.png' leaves the data folder"),
-    ("absolute entry", ["--data-split-file", "ABSOLUTE"], r"absolute.txt, line 1: '/etc/passwd' leaves the data folder"),
+    (
+        "leaving entry",
+        ["--data-split-file", "LEAVING"],
+        r"leaving.txt, line 1: '../val/class0/c0_0.png' leaves the data folder",
+    ),
+    (
+        "absolute entry",
+        ["--data-split-file", "ABSOLUTE"],
+        r"absolute.txt, line 1: '/etc/passwd' leaves the data folder",
+    ),
     ("no labelled", ["--mu", "0.1"], r"--mu 0.1 leaves no labelled image in a batch of 6 \(--batch-size\)"),
     ("no unlabelled", ["--mu", "1.0"], r"--mu 1.0 leaves no unlabelled image in a batch of 6"),
-    ("odd mixup", ["--mixup", "0.8", "--mu", "0.5"], "the labelled batch must be even: --batch-size 6 with --mu 0.5 gives 3"),
+    (
+        "odd mixup",
+        ["--mixup", "0.8", "--mu", "0.5"],
+        "the labelled batch must be even: --batch-size 6 with --mu 0.5 gives 3",
+    ),
     ("other classes", ["--resume", "OTHER"], "The head in .*other.pth has 9 classes, but the data has 3 class folders"),
-    ("other model", ["--resume", "OTHER", "--model", "resnet18", "--drop-path", "0"], "other.pth is of another network: it lacks"),
-    ("too few", ["--batch-size", "200"], "24 labelled images a process do not make one batch of 68: lower --batch-size"),
+    (
+        "other model",
+        ["--resume", "OTHER", "--model", "resnet18", "--drop-path", "0"],
+        "other.pth is of another network: it lacks",
+    ),
+    (
+        "too few",
+        ["--batch-size", "200"],
+        "24 labelled images a process do not make one batch of 68: lower --batch-size",
+    ),
     ("unknown model", ["--model", "semiformer"], "Unknown --model 'semiformer'"),
     ("unknown policy", ["--pseudo-type", "vote"], "argument --pseudo-type: invalid choice: 'vote'"),
     ("no checkpoint", ["--eval", "--resume", "none.pth"], "There is no checkpoint none.pth"),
@@ -175,7 +321,11 @@ BAD = [
     ("no effect", ["--cross-attn"], "--cross-attn had no effect in the published code"),
     ("not built", ["--data-set", "CIFAR10"], "--data-set CIFAR10 is not built yet"),
     ("drop block", ["--drop-block", "0.1"], "--drop-block does not apply to the two-stream network Semiformer_micro"),
-    ("fusion of one stream", ["--model", "resnet18", "--remove-fcu"], "--remove-fcu removes the fusion .* resnet18 has none"),
+    (
+        "fusion of one stream",
+        ["--model", "resnet18", "--remove-fcu"],
+        "--remove-fcu removes the fusion .* resnet18 has none",
+    ),
     ("size", ["--input-size", "50"], "50x50 images do not divide into 16-pixel patches"),
 ]
 
@@ -185,22 +335,36 @@ def bad_files(tree, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     empty = make_tree(folder / "empty")
     (empty / "train/class9").mkdir()
-    for name, line in (("absent", "c7_99.png,0,0"), ("leaving", "../val/class0/c0_0.png,0,0"), ("absolute", "/etc/passwd,0,0")):
+    for name, line in (
+        ("absent", "c7_99.png,0,0"),
+        ("leaving", "../val/class0/c0_0.png,0,0"),
+        ("absolute", "/etc/passwd,0,0"),
+    ):
         (folder / f"{name}.txt").write_text(line + "\n")
     from models import build_model
 
     torch.save({"model": build_model("Semiformer_micro_patch16", 9).state_dict()}, folder / "other.pth")
-    return {"EMPTY": empty, "OTHER": folder / "other.pth"} | {n.upper(): folder / f"{n}.txt" for n in ("absent", "leaving", "absolute")}
+    return {"EMPTY": empty, "OTHER": folder / "other.pth"} | {
+        n.upper(): folder / f"{n}.txt" for n in ("absent", "leaving", "absolute")
+    }
 
 
 @pytest.mark.parametrize("words,message", [case[1:] for case in BAD], ids=[case[0] for case in BAD])
 def test_bad_input_is_one_sentence_naming_the_culprit(tree, bad_files, tmp_path, capsys, words, message):
-    given = [*RUN, "--data-path", tree, "--data-split-file", tree / "labelled.txt", "--epochs", "1", "--output_dir", tmp_path]
+    given = [
+        *RUN,
+        "--data-path",
+        tree,
+        "--data-split-file",
+        tree / "labelled.txt",
+        "--epochs",
+        "1",
+        "--output_dir",
+        tmp_path,
+    ]
     with pytest.raises((ValueError, OSError, NotImplementedError, SystemExit)) as caught:
         run_main(*given, *(bad_files.get(word, word) for word in words))
     said = capsys.readouterr().err if caught.type is SystemExit else str(caught.value)
-    import re
-
     assert re.search(message, said), said
     assert caught.type is SystemExit and caught.value.code == 2 or "\n" not in said
 

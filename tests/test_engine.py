@@ -32,7 +32,9 @@ def state_of(model, *words, ema=0.9):
     args = flags("--lr", "1e-3", *words)
     optimizer = semi_main.build_optimizer(args, model)
     average = ModelEmaV3(model, decay=ema) if ema else None
-    return TrainState(model, optimizer, semi_main.build_scheduler(args, optimizer), torch.amp.GradScaler(enabled=False), average)
+    return TrainState(
+        model, optimizer, semi_main.build_scheduler(args, optimizer), torch.amp.GradScaler(enabled=False), average
+    )
 
 
 def trace_batches(k):
@@ -51,7 +53,9 @@ def test_six_steps_equal_the_published_ones():
     for k, reference in enumerate(TRACE["trace"]):
         labelled, unlabelled = trace_batches(k)
         model.train()
-        parts, _ = train_step(state, model, model, labelled, unlabelled if k >= 2 else None, recipe, autocast=nullcontext)
+        parts, _ = train_step(
+            state, model, model, labelled, unlabelled if k >= 2 else None, recipe, autocast=nullcontext
+        )
         assert state.optimizer.param_groups[0]["lr"] == reference.pop("lr")
         assert set(parts) == set(reference)
         for name, value in reference.items():
@@ -105,7 +109,10 @@ def batches(n=3, seed=0, labelled=4, unlabelled=6):
     for _ in range(n):
         yield (
             (torch.randn(labelled, 3, 2, 2, generator=g), torch.randint(4, (labelled,), generator=g)),
-            (*(torch.randn(unlabelled, 3, 2, 2, generator=g) for _ in range(2)), torch.randint(4, (unlabelled,), generator=g)),
+            (
+                *(torch.randn(unlabelled, 3, 2, 2, generator=g) for _ in range(2)),
+                torch.randint(4, (unlabelled,), generator=g),
+            ),
         )
 
 
@@ -176,7 +183,9 @@ def test_mixup_touches_the_labelled_images_only_and_mixes_with_the_reverse():
     np.random.seed(0)
     mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=0.0, label_smoothing=0.1, num_classes=4)
     original = labelled[0].clone()
-    parts, _ = train_step(state, student, model, labelled, unlabelled, Recipe(threshold=0.0), autocast=nullcontext, mixup=mixup)
+    parts, _ = train_step(
+        state, student, model, labelled, unlabelled, Recipe(threshold=0.0), autocast=nullcontext, mixup=mixup
+    )
     np.random.seed(0)
     np.random.rand(), (lam := np.random.beta(0.8, 0.8))
     assert torch.allclose(seen[0][:4], lam * original + (1 - lam) * original.flip(0), atol=1e-6)

@@ -25,8 +25,8 @@ from pseudo_labels import select_targets
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NO_EFFECT = ("--opt-level", "--cross-attn", "--cnn2trans", "--trans2cnn", "--resplit")
-KINDS = {"parameter group", "network", "transform", "mixing", "loss part", "pseudo label", "schedule", "order",
-         "data", "loader", "step", "file", "printed line", "precision", "process group", "error"}
+KINDS = {"parameter group", "network", "transform", "mixing", "loss part", "pseudo label", "schedule",
+         "order", "data", "loader", "step", "file", "printed line", "precision", "process group", "error"}
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
 # One quick step of one quick epoch on the tiny tree: 2 of 4 labelled and 2 of 8 unlabelled images.
 TINY = ("--data-set SEMI-IMNET --data-path TREE --data-split-file LIST --model test_resnet --input-size 32 "
@@ -96,10 +96,12 @@ def started(args):
 
 
 def described(words):
-    """The printed line that holds these words, of the plan of a run."""
+    """The line with these words that a run prints before its first step, None if there is none."""
 
     def probe(args):
         with redirect_stdout(io.StringIO()) as printed:
+            if args.output_dir:
+                Path(args.output_dir).mkdir()
             semi_main.Run(args, CPU).describe()
         return next((line for line in printed.getvalue().splitlines() if words in line), None)
 
@@ -111,13 +113,20 @@ def log(figure):
 
     def probe(args):
         main(args)
-        return [figure(json.loads(line)) for line in Path(args.output_dir, "log.txt").read_text().splitlines()]
+        lines = Path(args.output_dir, "log.txt").read_text().splitlines()
+        return [figure(json.loads(line)) for line in lines]
 
     return probe
 
 
-def epoch(line):
-    return line["epoch"]
+def logs(key):
+    """Whether each line of log.txt has this key."""
+    return log(lambda line: key in line)
+
+
+def plan(labelled, unlabelled, steps=1):
+    return (f"semi-supervised: {labelled} + {unlabelled} images a process and step, "
+            f"{labelled + unlabelled} in all on 1 process(es); {steps} steps an epoch")
 
 
 def files(args):
@@ -174,6 +183,10 @@ def rates(args):
     return [float(f"{rate:.6g}") for rate in semi_main.learning_rates(args)]
 
 
+def stays_near_one(args):
+    return all(0.99 <= rate <= 1.01 for rate in rates(args))
+
+
 def stuck_rates(args):
     """The learning rate of each epoch where the accuracy never improves."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.lr)
@@ -192,6 +205,9 @@ def network(figure):
     return probe
 
 
+buildable = refusal(network(lambda model: "built"))
+
+
 def rates_of(kind, name):
     return lambda model: [round(getattr(m, name), 4) for m in model.modules() if isinstance(m, kind)]
 
@@ -199,7 +215,7 @@ def rates_of(kind, name):
 def cnn_hears_transformer(args):
     """Whether the CNN's logits depend on the first transformer block."""
     model = semi_main._network(args, 2)
-    model(torch.randn(1, 3, 32, 32))[0].sum().backward()
+    model(torch.randn(2, 3, 32, 32))[0].sum().backward()
     return model.trans_1.mlp.fc1.weight.grad is not None
 
 
@@ -239,7 +255,7 @@ def blends(args):
 
 
 def objective_of(args, features=None):
-    """The objective over ln(4) / 2, where a stream's own loss is ln 4 (CNN), 2 ln 4 (transformer) for each image."""
+    """The objective over ln(4) / 2, where each image's cross-entropy is ln 4 (CNN) and 2 ln 4 (transformer)."""
     unsure = torch.tensor([1.0, 5, 5, 5]).log().repeat(3, 1)  # 1/16 for class 0
     logits, first = [torch.zeros(3, 4), unsure], torch.zeros(3, dtype=torch.int64)
     total, _ = objective(logits, first, logits, first, torch.ones(3), Recipe.from_args(args), features)
@@ -274,6 +290,10 @@ def first_image(args):
         return run.train_epoch(0).tolist()
 
 
+def first_rate(args):
+    return started(args).state.optimizer.param_groups[0]["lr"]
+
+
 def loaders(args):
     """(worker processes, pinned) of the labelled, the unlabelled and the evaluation loader on a GPU."""
     run, seen = started(args), []
@@ -297,7 +317,8 @@ def evaluation_batch(args):
     """Images of a batch of evaluation."""
     run, seen = started(args), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(semi_main, "evaluation_loader", lambda views, batch_size, **_: seen.append(batch_size) or ())
+        patch.setattr(semi_main, "evaluation_loader", lambda views, size, **_: seen.append(size))
+        patch.setattr(semi_main, "to_device", lambda *_: None)
         patch.setattr(semi_main, "evaluate", lambda *_, **__: None)
         semi_main._evaluate(args, run.state.model, run.validation, CPU, run.autocast)
     return seen[0]
@@ -316,10 +337,8 @@ def triples(args):
 
 
 def average_after_a_step(args):
-    """The EMA of a weight that was 1 at the start and is 0 after the first step; None without an EMA."""
+    """The EMA of a weight that was 1 at the start and is 0 after the first step."""
     run = started(args)
-    if run.state.ema is None:
-        return None
     before, after = (next(m.parameters()).data for m in (run.state.ema.module, run.state.model))
     before.fill_(1), after.fill_(0)
     run.state.ema.update(run.state.model)
@@ -396,21 +415,20 @@ DEIT = "--model deit_tiny_patch16_224 --drop-path 0"
 TWO = "--model Semiformer_micro_patch16 --input-size 32 --drop-path 0"
 NO_WARMUP = "--epochs 4 --warmup-epochs 0 --lr 1 --min-lr 0"
 STEP = "--sched step --warmup-epochs 0 --lr 1"
-PLATEAU = "--sched plateau --warmup-epochs 0 --lr 1 --min-lr 0 --decay-rate 0.1 --epochs 8 --patience-epochs 1"
+PLATEAU = ("--sched plateau --warmup-epochs 0 --warmup-lr 1 --lr 1 --min-lr 0 --decay-rate 0.1 --epochs 8 "
+           "--patience-epochs 1 --cooldown-epochs 0")
 NOISE = "--sched step --warmup-epochs 0 --lr 1 --epochs 9 --lr-noise 0"
 NO_AA = ["--aa", ""]
 
 FLAGS = {
     # length and pace
-    "--batch-size": Row("printed line", "4", "6", described("semi-supervised"), (
-        "semi-supervised: 2 + 2 images a process and step, 4 in all on 1 process(es); 1 steps an epoch",
-        "semi-supervised: 3 + 3 images a process and step, 6 in all on 1 process(es); 1 steps an epoch"), TINY),
-    "--epochs": Row("file", "1", "2", log(epoch), ([0], [0, 1]), SAVED),
+    "--batch-size": Row("printed line", "4", "6", described("semi-supervised"), (plan(2, 2), plan(3, 3)),
+                        TINY),
+    "--epochs": Row("file", "1", "2", log(lambda line: line["epoch"]), ([0], [0, 1]), SAVED),
     "--steps-per-epoch": Row("printed line", "0", "7", described("semi-supervised"), (
-        "semi-supervised: 2 + 2 images a process and step, 4 in all on 1 process(es); 2 steps an epoch",
-        "semi-supervised: 2 + 2 images a process and step, 4 in all on 1 process(es); 7 steps an epoch"), TINY),
-    "--start_epoch": Row("file", "0", "1", log(epoch), ([0, 1], [1]), SAVED + " --epochs 2"),
-    "--evaluate-freq": Row("file", "1", "2", log(epoch), ([0, 1, 2, 3], [0, 2, 3]), SAVED + " --epochs 4"),
+        plan(2, 2, steps=2), plan(2, 2, steps=7)), TINY),
+    "--start_epoch": Row("file", "0", "1", log(lambda line: line["epoch"]), ([0, 1], [1]), SAVED + " --epochs 2"),
+    "--evaluate-freq": Row("file", "1", "2", log(lambda line: line["epoch"]), ([0, 1, 2, 3], [0, 2, 3]), SAVED + " --epochs 4"),
     "--eval": Row("file", None, "", files, ({"checkpoint.pth", "log.txt", "run.json"}, {"eval.json"}),
                   SAVED + " --resume CHECKPOINT --epochs 2"),
     "--seed": Row("order", "0", "1", started_from_seed, None, TINY),
@@ -418,11 +436,12 @@ FLAGS = {
     "--model": Row("network", "resnet18", "deit_tiny_patch16_224", network(lambda m: type(m).__name__),
                    ("ResNet", "VisionTransformer")),
     "--input-size": Row("network", "32", "64", sizes, (([32, 32, 32], 5), ([64, 64, 64], 17)), DEIT),
-    "--drop": Row("network", "0", "0.3", network(lambda m: set(rates_of(nn.Dropout, "p")(m))), ({0.0}, {0.3}), TWO),
+    "--drop": Row("network", "0", "0.3", network(rates_of(nn.Dropout, "p")), (
+        [0.0] * 24, [0.0, 0.3, 0.3, 0.3] * 6), TWO),  # attention's own probabilities have none
     "--drop-path": Row("network", "0", "0.5", network(rates_of(DropPath, "drop_prob")), (
         [], [0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.5, 0.5]), TWO),
     "--drop-block": Row("network", None, "0.25", network(rates_of(DropBlock2d, "drop_prob")),
-                        ([], [0.25] * 8), "--model resnet18 --drop-path 0"),
+                        ([], [0.25] * 4), "--model resnet18 --drop-path 0"),
     "--remove-fcu": Row("network", None, "", cnn_hears_transformer, (True, False), TWO),
     # data
     "--data-path": Row("printed line", "TREE", "TREE3", described("validation"), (
@@ -439,18 +458,18 @@ FLAGS = {
         "data", None, "", lambda args: started(args).unlabelled.indices.tolist(),
         ([0, 1, 2, 3, 4, 5, 6, 7], [2, 3, 6, 7]), TINY),
     # semi-supervised objective
-    "--supervise-only": Row("loss part", None, "", log(lambda line: "train_loss_u" in line), ([True], [False]),
+    "--supervise-only": Row("loss part", None, "", logs("train_loss_u"), ([True], [False]),
                             SAVED),
-    "--semi-start-epoch": Row("loss part", "0", "1", log(lambda line: "train_loss_u" in line),
+    "--semi-start-epoch": Row("loss part", "0", "1", logs("train_loss_u"),
                               ([True, True], [False, True]), SAVED + " --epochs 2"),
-    "--mu": Row("printed line", "0.5", "0.25", described("semi-supervised"), (
-        "semi-supervised: 2 + 2 images a process and step, 4 in all on 1 process(es); 1 steps an epoch",
-        "semi-supervised: 1 + 3 images a process and step, 4 in all on 1 process(es); 1 steps an epoch"), TINY),
+    "--mu": Row("printed line", "0.5", "0.25", described("semi-supervised"), (plan(2, 2), plan(1, 3)), TINY),
     "--pseudo-type": Row("pseudo label", "cnn", "transformer", pseudo_labels,
                          (([0, 0], [1.0, 1.0]), ([1, 1], [1.0, 1.0]))),
-    "--temperature": Row("pseudo label", "1", "2", pseudo_labels, (([1, 1], [1.0, 1.0]), ([1, 1], [0.0, 1.0])),
+    "--temperature": Row("pseudo label", "1", "2", pseudo_labels, (
+        ([1, 1], [1.0, 1.0]), ([1, 1], [0.0, 1.0])),
                          "--pseudo-type transformer"),
-    "--threshold": Row("pseudo label", "0.7", "0.9", pseudo_labels, (([1, 1], [1.0, 1.0]), ([1, 1], [0.0, 1.0])),
+    "--threshold": Row("pseudo label", "0.7", "0.9", pseudo_labels, (
+        ([1, 1], [1.0, 1.0]), ([1, 1], [0.0, 1.0])),
                        "--pseudo-type transformer"),
     "--semi-lambda": Row("loss part", "10", "4", objective_of, (33, 15), "--smoothing 0"),
     "--unlabel-smooth": Row("loss part", None, "", objective_of, (32.6517, 29.1688), "--smoothing 0.4"),
@@ -459,13 +478,14 @@ FLAGS = {
     "--mask-cnn-ratio-u": Row("loss part", "1", "5", objective_of, (33, 73), "--smoothing 0"),
     "--mask-transformer-ratio-u": Row("loss part", "1", "5", objective_of, (33, 113), "--smoothing 0"),
     # consistency
-    "--dual-consistency": Row("loss part", None, "", log(lambda line: "train_loss_consistency" in line),
+    "--dual-consistency": Row("loss part", None, "", logs("train_loss_consistency"),
                               ([False], [True]), SAVED),
-    "--consistency-start-epoch": Row("loss part", "-1", "1", log(lambda line: "train_loss_consistency" in line),
+    "--consistency-start-epoch": Row("loss part", "-1", "1", logs("train_loss_consistency"),
                                      ([True, True], [False, True]), SAVED + " --epochs 2 --dual-consistency"),
     "--consistency-type": Row("loss part", "triplet", "infonce", consistency_of, (0.025, 0.4421)),
     "--consistency-lambda": Row("loss part", "0.5", "2", consistency_share, (0.0125, 0.05)),
-    "--infonce-T": Row("loss part", "1", "0.1", consistency_of, (0.4421, 0.0092), "--consistency-type infonce"),
+    "--infonce-T": Row("loss part", "1", "0.1", consistency_of, (0.4421, 0.0092),
+                       "--consistency-type infonce"),
     "--margin": Row("loss part", "0.5", "1", consistency_of, (0.025, 0.2)),
     "--dis-type": Row("loss part", "cos", "l2", consistency_of, (0.025, 0.1069)),
     "--anchor-type": Row("loss part", "weak", "both", consistency_of, (0.025, 0.1)),
@@ -480,14 +500,16 @@ FLAGS = {
         ("bicubic", "bilinear")),
     "--repeated-aug": Row("order", None, "", triples, (False, True), TINY + " --no-repeated-aug"),
     "--no-repeated-aug": Row("order", None, "", triples, (True, False), TINY),
-    "--reprob": Row("transform", "0.25", "0", transform("RandomErasing", lambda t: t.probability), (0.25, None)),
+    "--reprob": Row("transform", "0.25", "0", transform("RandomErasing", lambda t: t.probability),
+                    (0.25, None)),
     "--remode": Row("transform", "pixel", "const", transform("RandomErasing", lambda t: t.mode),
                     ("pixel", "const")),
     "--recount": Row("transform", "1", "3", transform("RandomErasing", lambda t: t.max_count), (1, 3)),
     # mixup
     "--mixup": Row("mixing", "0", "0.8", mixed, None, "--cutmix 0"),
     "--cutmix": Row("mixing", "0", "1", blends, None, "--mixup 0.8 --mixup-switch-prob 1"),
-    "--cutmix-minmax": Row("mixing", None, "0.4 0.6", blends, None, "--mixup 0.8 --cutmix 0 --mixup-switch-prob 1"),
+    "--cutmix-minmax": Row("mixing", None, "0.4 0.6", blends, None,
+                           "--mixup 0.8 --cutmix 0 --mixup-switch-prob 1"),
     "--mixup-prob": Row("mixing", "1", "0", blends, ("~~~~", "====")),
     "--mixup-switch-prob": Row("mixing", "0", "1", blends, ("~~~~", "####")),
     "--mixup-mode": Row("mixing", "batch", "elem", mixed, None, "--mixup-switch-prob 0"),
@@ -497,8 +519,8 @@ FLAGS = {
     "--opt-betas": Row("parameter group", None, "0.8 0.9", optimizer(lambda o: tuple(o.defaults["betas"])),
                        ((0.9, 0.999), (0.8, 0.9))),
     "--clip-grad": Row("step", None, "0.001", gradient_is_clipped, (False, True), TINY),
-    "--momentum": Row("parameter group", "0.9", "0.5", optimizer(lambda o: o.defaults["momentum"]), (0.9, 0.5),
-                      "--opt sgd"),
+    "--momentum": Row("parameter group", "0.9", "0.5", optimizer(lambda o: o.defaults["momentum"]),
+                      (0.9, 0.5), "--opt sgd"),
     "--weight-decay": Row("parameter group", "0.05", "0.3", optimizer(decays),
                           ([(0.0, 2), (0.05, 1)], [(0.0, 2), (0.3, 1)])),
     # schedule
@@ -507,25 +529,29 @@ FLAGS = {
     "--lr": Row("schedule", "1", "2", rates, ([1, 1, 0.853553, 0.5], [2, 2, 1.70711, 1]), NO_WARMUP),
     "--warmup-lr": Row("schedule", "0", "0.5", rates, ([0, 0, 0.5, 0.5], [0.5, 0.5, 0.75, 0.5]),
                        NO_WARMUP + " --warmup-epochs 2"),
-    "--min-lr": Row("schedule", "0", "0.5", rates, ([1, 1, 0.853553, 0.5], [1, 1, 0.926777, 0.75]), NO_WARMUP),
+    "--min-lr": Row("schedule", "0", "0.5", rates, ([1, 1, 0.853553, 0.5], [1, 1, 0.926777, 0.75]),
+                    NO_WARMUP),
     "--warmup-epochs": Row("schedule", "0", "2", rates, ([1, 1, 0.853553, 0.5], [0, 0, 0.5, 0.5]),
                            NO_WARMUP + " --warmup-lr 0"),
     "--cooldown-epochs": Row("schedule", "0", "2", stuck_rates, (
         [1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01], [1, 1, 1, 1, 0.1, 0.1, 0.1, 0.1]), PLATEAU),
     "--patience-epochs": Row("schedule", "1", "2", stuck_rates, (
-        [1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01], [1, 1, 1, 1, 1, 0.1, 0.1, 0.1]), PLATEAU + " --cooldown-epochs 0"),
-    "--decay-epochs": Row("schedule", "1", "2", rates, ([1, 1, 0.1, 0.01], [1, 1, 1, 0.1]), STEP + " --epochs 4"),
+        [1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01], [1, 1, 1, 1, 1, 0.1, 0.1, 0.1]), PLATEAU),
+    "--decay-epochs": Row("schedule", "1", "2", rates, ([1, 1, 0.1, 0.01], [1, 1, 1, 0.1]),
+                          STEP + " --epochs 4"),
     "--decay-rate": Row("schedule", "0.1", "0.5", rates, ([1, 1, 0.1], [1, 1, 0.5]),
                         STEP + " --epochs 3 --decay-epochs 1"),
-    "--dr": Row("schedule", "0.1", "0.5", rates, ([1, 1, 0.1], [1, 1, 0.5]), STEP + " --epochs 3 --decay-epochs 1"),
+    "--dr": Row("schedule", "0.1", "0.5", rates, ([1, 1, 0.1], [1, 1, 0.5]),
+                STEP + " --epochs 3 --decay-epochs 1"),
     "--lr-noise": Row("schedule", None, "0.5", lambda args: [rate == 1 for rate in rates(args)],
                       ([True] * 4, [True, True, True, False]), STEP + " --epochs 4"),
-    "--lr-noise-pct": Row("schedule", "0.67", "0.01", lambda args: all(0.99 <= r <= 1.01 for r in rates(args)),
+    "--lr-noise-pct": Row("schedule", "0.67", "0.01", stays_near_one,
                           (False, True), NOISE),
-    "--lr-noise-std": Row("schedule", "1", "1e-6", lambda args: all(0.99 <= r <= 1.01 for r in rates(args)),
+    "--lr-noise-std": Row("schedule", "1", "1e-6", stays_near_one,
                           (False, True), NOISE),
     # moving average
-    "--model-ema": Row("file", None, "", in_checkpoint("model_ema"), (False, True), SAVED + " --no-model-ema"),
+    "--model-ema": Row("file", None, "", in_checkpoint("model_ema"), (False, True),
+                       SAVED + " --no-model-ema"),
     "--no-model-ema": Row("file", None, "", in_checkpoint("model_ema"), (True, False), SAVED),
     "--model-ema-decay": Row("step", "0.5", "0.25", average_after_a_step, (0.5, 0.25), TINY),
     "--model-ema-force-cpu": Row("step", None, "", average_device, (None, "cpu")),
@@ -545,7 +571,8 @@ FLAGS = {
     "--use-native-amp": Row("precision", None, "", precision_on_gpu, (
         ("off", False), "--use-native-amp and --amp off disagree: keep one of them"), "--amp off"),
     "--num_workers": Row("loader", "0", "2", loaders, ([(0, True)] * 3, [(2, True)] * 3), TINY),
-    "--pin-mem": Row("loader", None, "", loaders, ([(0, False)] * 3, [(0, True)] * 3), TINY + " --no-pin-mem"),
+    "--pin-mem": Row("loader", None, "", loaders, ([(0, False)] * 3, [(0, True)] * 3),
+                     TINY + " --no-pin-mem"),
     "--no-pin-mem": Row("loader", None, "", loaders, ([(0, True)] * 3, [(0, False)] * 3), TINY),
     # process group
     "--world_size": Row("process group", "1", "3", joined(2), (
@@ -554,8 +581,8 @@ FLAGS = {
     "--dist_url": Row("process group", "env://", "tcp://host:1", joined(2), (
         [("gloo", "env://", 2)], [("gloo", "tcp://host:1", 2)]), "--device cpu"),
     "--use_submitit": Row("process group", "false", "true", joined(), (
-        "cpu", "--use_submitit true needs Slurm's environment: start with run_with_submitit.py, or pass false."),
-        "--device cpu"),
+        "cpu", "--use_submitit true needs Slurm's environment: start with run_with_submitit.py, "
+        "or pass false."), "--device cpu"),
 }
 
 # Second effects, and the values that are refused.
@@ -567,12 +594,13 @@ MORE = [
         None, "--resume https://host/a.pth is not built yet: download it and pass its path"))),
     ("--resume", Row("printed line", [""], "CHECKPOINT", lambda args: "Nothing left to train" in main(args),
                      (False, True), TINY)),
-    ("--model", Row("error", "deit_tiny_patch16_224", "deit_tinny", refusal(network(lambda m: "built")), (
-        "built", "Unknown --model 'deit_tinny': did you mean deit3_tiny, deit_tiny?"))),
-    ("--drop-block", Row("error", None, "0.1", refusal(network(lambda m: "built")), (
-        "built", "--drop-block does not apply to the two-stream network Semiformer_micro_patch16: leave it out."),
-        TWO)),
-    ("--remove-fcu", Row("error", None, "", refusal(network(lambda m: "built")), (
+    ("--model", Row("error", "deit_tiny_patch16_224", "Semiformer_smal_patch16", buildable, (
+        "built", "Unknown --model 'Semiformer_smal_patch16': did you mean Semiformer_small_patch16, "
+        "Semiformer_PE_small_patch16, Conformer_small_patch16?"))),
+    ("--drop-block", Row("error", None, "0.1", buildable, (
+        "built", "--drop-block does not apply to the two-stream network Semiformer_micro_patch16: "
+        "leave it out."), TWO)),
+    ("--remove-fcu", Row("error", None, "", buildable, (
         "built", "--remove-fcu removes the fusion of a two-stream network, and resnet18 has none."),
         "--model resnet18")),
     ("--drop", Row("network", "0", "0.3", network(lambda m: m.drop_rate), (0, 0.3), "--model resnet18")),
@@ -585,20 +613,28 @@ MORE = [
     ("--lr", Row("file", "0.1", "0.2", log(lambda line: line["train_lr"]), ([0.1], [0.2]),
                  SAVED + " --warmup-epochs 0")),
     ("--sched", Row("file", "cosine", "plateau", log(lambda line: round(line["train_lr"], 6)),
-                    ([0.1, 0.1, 0.075002], [0.1, 0.1, 0.1]), SAVED + " --epochs 3 --warmup-epochs 0 --lr 0.1")),
-    ("--opt", Row("parameter group", "sgd", "momentum", optimizer(lambda o: o.defaults["nesterov"]), (True, False))),
+                    ([0.1, 0.1, 0.075002], [0.1, 0.1, 0.1]),
+                    SAVED + " --epochs 3 --warmup-epochs 0 --lr 0.1")),
+    ("--opt", Row("parameter group", "sgd", "momentum", optimizer(lambda o: o.defaults["nesterov"]),
+                  (True, False))),
     ("--batch-size", Row("loader", "4", "6", evaluation_batch, (12, 18), TINY)),
     ("--seed", Row("transform", "0", "1", first_image, None, TINY)),
-    ("--start_epoch", Row("schedule", "0", "2", lambda args: started(args).state.optimizer.param_groups[0]["lr"],
-                          (0, 0.5), TINY + " --epochs 4 --lr 1 --warmup-lr 0 --warmup-epochs 2")),
-    ("--aa", Row("transform", "rand-m9", "nonsense", refusal(transform("RandAugment", lambda t: "built")), (
-        "built", "timm does not know the --aa policy 'nonsense' (AssertionError()).")) ),
+    ("--start_epoch", Row("schedule", "0", "2", first_rate, (0, 0.5),
+                          TINY + " --epochs 4 --lr 1 --warmup-lr 0 --warmup-epochs 2")),
+    ("--aa", Row("error", "rand-m9", "nonsense", refusal(transform("RandAugment", lambda t: "built")), (
+        "built", "timm does not know the --aa policy 'nonsense' (AssertionError('Unknown AA policy nonsense'))."))),
+    ("--cutmix", Row("mixing", "0", "1", mixed, None, "--mixup 0")),
+    ("--cutmix-minmax", Row("mixing", None, "0.4 0.6", mixed, None, "--mixup 0 --cutmix 0")),
+    ("--mixup-mode", Row("mixing", "batch", "pair", mixed, None, "--mixup-switch-prob 0")),
+    ("--anchor-type", Row("loss part", "weak", "strong", consistency_of, (0.025, 0.075))),
+    ("--consistency-lambda", Row("file", "0", "9", log(lambda line: line["train_loss"]), None,
+                                 SAVED + " --dual-consistency")),
 ]
 
 
 def argv(flag, row, value):
-    words = [x.split() if isinstance(x, str) else x for x in (row.given, value)  if x is not None]
-    return [*words[0], flag, *words[1]] if value is not None else words[0]
+    given, value = (x.split() if isinstance(x, str) else x for x in (row.given, value))
+    return given if value is None else [*given, flag, *value]
 
 
 def check_row(flag, row, places):

@@ -34,6 +34,7 @@ def noise(*shape, seed=0, dtype=torch.float64):
 
 # The published numbers
 
+
 @pytest.mark.parametrize("name", CASES)
 def test_reference(name):
     case, arrays = CASES[name], np.load(DATA / "losses.npz")
@@ -54,8 +55,9 @@ def test_reference(name):
     if recipe.is_consistent(epoch):
         features = tensors("feat_weak"), [tensor[LABELLED:] for tensor in feats]
     labels = torch.from_numpy(arrays["input|targets"])
-    loss, parts = objective([tensor[:LABELLED] for tensor in logits], labels,
-                            strong, targets, weights, recipe, features)
+    loss, parts = objective(
+        [tensor[:LABELLED] for tensor in logits], labels, strong, targets, weights, recipe, features
+    )
     loss.backward()
 
     meters = {meter: value for meter, value in case["meters"].items() if meter != "lr"}
@@ -77,10 +79,12 @@ def test_the_reference_covers_every_phase_and_consistency():
 
 # Recipe
 
+
 def test_recipe_defaults_are_the_flags_defaults():
     assert Recipe.from_args(Namespace(**DEFAULTS)) == Recipe()
-    assert {DEFAULTS["pseudo_type" if name == "policy" else name] == value
-            for name, value in asdict(Recipe()).items()} == {True}
+    assert {
+        DEFAULTS["pseudo_type" if name == "policy" else name] == value for name, value in asdict(Recipe()).items()
+    } == {True}
 
 
 def test_recipe_takes_its_policy_from_pseudo_type_and_is_frozen():
@@ -92,14 +96,17 @@ def test_recipe_takes_its_policy_from_pseudo_type_and_is_frozen():
         Recipe.from_args(Namespace())
 
 
-@pytest.mark.parametrize(("settings", "semi", "consistent"), [
-    ({}, [0, 1, 2, 3, 4], []),
-    ({"semi_start_epoch": 2}, [2, 3, 4], []),
-    ({"semi_start_epoch": 2, "supervise_only": True, "dual_consistency": True}, [], []),
-    ({"semi_start_epoch": 2, "dual_consistency": True}, [2, 3, 4], [2, 3, 4]),
-    ({"semi_start_epoch": 2, "dual_consistency": True, "consistency_start_epoch": 3}, [2, 3, 4], [3, 4]),
-    ({"semi_start_epoch": 2, "dual_consistency": True, "consistency_start_epoch": 1}, [2, 3, 4], [2, 3, 4]),
-])
+@pytest.mark.parametrize(
+    ("settings", "semi", "consistent"),
+    [
+        ({}, [0, 1, 2, 3, 4], []),
+        ({"semi_start_epoch": 2}, [2, 3, 4], []),
+        ({"semi_start_epoch": 2, "supervise_only": True, "dual_consistency": True}, [], []),
+        ({"semi_start_epoch": 2, "dual_consistency": True}, [2, 3, 4], [2, 3, 4]),
+        ({"semi_start_epoch": 2, "dual_consistency": True, "consistency_start_epoch": 3}, [2, 3, 4], [3, 4]),
+        ({"semi_start_epoch": 2, "dual_consistency": True, "consistency_start_epoch": 1}, [2, 3, 4], [2, 3, 4]),
+    ],
+)
 def test_phases(settings, semi, consistent):
     recipe = Recipe(**settings)
     assert [epoch for epoch in range(5) if recipe.is_semi(epoch)] == semi
@@ -108,15 +115,19 @@ def test_phases(settings, semi, consistent):
 
 # Cross-entropy
 
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
 def test_smoothed_cross_entropy_against_a_slow_loop(smoothing):
     logits, target = noise(6, 5), torch.tensor([0, 4, 2, 2, 1, 3])
     expected = []
     for row, true_class in zip(logits.tolist(), target.tolist(), strict=True):
         log_total = math.log(sum(math.exp(value) for value in row))
-        expected.append(-sum(
-            ((1 - smoothing) * (cls == true_class) + smoothing / 5) * (value - log_total)
-            for cls, value in enumerate(row)))
+        expected.append(
+            -sum(
+                ((1 - smoothing) * (cls == true_class) + smoothing / 5) * (value - log_total)
+                for cls, value in enumerate(row)
+            )
+        )
     for value, slow in zip(smoothed_cross_entropy(logits, target, smoothing, "none"), expected, strict=True):
         assert close(value, slow)
     assert close(smoothed_cross_entropy(logits, target, smoothing), sum(expected) / 6)
@@ -141,6 +152,7 @@ def test_soft_targets_reach_the_objective():
 
 # Objective
 
+
 def step(streams, **settings):
     """(loss, parts, labelled cross-entropies, mean weighted cross-entropies), of plain, whole losses."""
     labelled = [noise(4, 5, seed=stream) for stream in range(streams)]
@@ -150,13 +162,18 @@ def step(streams, **settings):
     smoothing = settings.get("smoothing", 0.1)
     smoothing_u = smoothing if settings.get("unlabel_smooth") else 0.0
     whole = [smoothed_cross_entropy(logits, labels, smoothing).item() for logits in labelled]
-    whole_u = [(weights * smoothed_cross_entropy(logits, targets, smoothing_u, "none")).sum().item() / 8
-               for logits in strong]
+    whole_u = [
+        (weights * smoothed_cross_entropy(logits, targets, smoothing_u, "none")).sum().item() / 8 for logits in strong
+    ]
     return *objective(labelled, labels, strong, targets, weights, Recipe(**settings)), whole, whole_u
 
 
-RATIOS = {"mask_cnn_ratio": 0.3, "mask_transformer_ratio": 0.8, "mask_cnn_ratio_u": 0.5,
-          "mask_transformer_ratio_u": 0.25}
+RATIOS = {
+    "mask_cnn_ratio": 0.3,
+    "mask_transformer_ratio": 0.8,
+    "mask_cnn_ratio_u": 0.5,
+    "mask_transformer_ratio_u": 0.25,
+}
 
 
 @pytest.mark.parametrize("unlabel_smooth", [False, True])
@@ -178,8 +195,14 @@ def test_two_streams_are_halved_and_weighted():
 def test_parts_carry_no_graph_and_no_sure_image_no_gradient():
     logits = noise(4, 5).requires_grad_()
     strong = noise(6, 5).requires_grad_()
-    loss, parts = objective([logits], torch.zeros(4, dtype=torch.int64), [strong],
-                            torch.zeros(6, dtype=torch.int64), torch.zeros(6), Recipe())
+    loss, parts = objective(
+        [logits],
+        torch.zeros(4, dtype=torch.int64),
+        [strong],
+        torch.zeros(6, dtype=torch.int64),
+        torch.zeros(6),
+        Recipe(),
+    )
     loss.backward()
     assert not any(part.requires_grad for part in parts.values())
     assert strong.grad.abs().max() == 0 and logits.grad.abs().max() > 0 and parts["loss_u"] == 0
@@ -204,15 +227,24 @@ def test_no_host_synchronisation(streams, kind, distance):
     recipe = Recipe(consistency_type=kind, dis_type=distance, anchor_type="both", unlabel_smooth=True)
     with FakeTensorMode():
         labelled, strong, weak, feats = (
-            [torch.randn(6, 5, requires_grad=True) for _ in range(streams)] for _ in range(4))
-        loss, parts = objective(labelled, torch.zeros(6, dtype=torch.int64), strong,
-                                torch.zeros(6, dtype=torch.int64), torch.ones(6), recipe, (weak, feats))
+            [torch.randn(6, 5, requires_grad=True) for _ in range(streams)] for _ in range(4)
+        )
+        loss, parts = objective(
+            labelled,
+            torch.zeros(6, dtype=torch.int64),
+            strong,
+            torch.zeros(6, dtype=torch.int64),
+            torch.ones(6),
+            recipe,
+            (weak, feats),
+        )
         loss.backward()
         assert loss.shape == () and all(part.shape == () for part in parts.values())
         assert all(tensor.grad is not None for tensor in labelled + strong + feats)
 
 
 # Consistency
+
 
 def slow_cosine(a, b):
     dot = sum(x * y for x, y in zip(a, b, strict=True))
@@ -286,8 +318,12 @@ def test_finite_at_zero_norm_and_zero_distance(loss, dtype):
     some = noise(5, 4, dtype=dtype)
     dead = some.clone()
     dead[1] = 0
-    for anchor, other in ((torch.zeros_like(some), some), (torch.zeros_like(some), torch.zeros_like(some)),
-                          (some, some.clone()), (dead, dead.clone())):
+    for anchor, other in (
+        (torch.zeros_like(some), some),
+        (torch.zeros_like(some), torch.zeros_like(some)),
+        (some, some.clone()),
+        (dead, dead.clone()),
+    ):
         anchor, other = anchor.clone().requires_grad_(), other.clone().requires_grad_()
         value = loss(anchor, other)
         value.backward()
@@ -318,11 +354,14 @@ def test_half_precision_and_autocast_are_computed_in_float32(loss):
         assert loss(anchor.float(), other.float()).equal(expected)
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"consistency_type": "mse"}, "unknown consistency type 'mse'; known: triplet, infonce"),
-    ({"anchor_type": "none"}, "unknown anchor type 'none'; known: weak, strong, both"),
-    ({"dis_type": "l1"}, "unknown distance 'l1'; known: cos, l2"),
-])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"consistency_type": "mse"}, "unknown consistency type 'mse'; known: triplet, infonce"),
+        ({"anchor_type": "none"}, "unknown anchor type 'none'; known: weak, strong, both"),
+        ({"dis_type": "l1"}, "unknown distance 'l1'; known: cos, l2"),
+    ],
+)
 def test_unknown_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         consistency([noise(3, 2)], [noise(3, 2)], Recipe(**settings))

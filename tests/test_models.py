@@ -14,7 +14,12 @@ from models.blocks import ConvBlock, FCUDown
 STATE_DICTS = load("state_dict.json")
 FORWARD = load("forward.npz")
 CASES = sorted({tuple(key.split("|")[:3]) for key in FORWARD.files})
-TWO_STREAM = ["Semiformer_tiny_patch16", "Semiformer_PE_small_patch16", "Semiformer_convmixer_12depth", "Conformer_tiny_patch16"]
+TWO_STREAM = [
+    "Semiformer_tiny_patch16",
+    "Semiformer_PE_small_patch16",
+    "Semiformer_convmixer_12depth",
+    "Conformer_tiny_patch16",
+]
 
 
 def close(ours, reference):
@@ -147,7 +152,9 @@ def test_position_embedding_is_resized_for_another_input_size():
     assert model.no_weight_decay() == {"cls_token"}
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "deit_tiny_patch16_224", "myresnet50", "mobilenetv3_small_050"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "vit_tiny_patch16_224", "deit_tiny_patch16_224", "myresnet50", "mobilenetv3_small_050"]
+)
 def test_any_timm_classifier_meets_the_contract(name):
     model = build_model(name, 4, img_size=64, drop_path=0.0).eval()
     batch = torch.randn(2, 3, 64, 64)

@@ -28,9 +28,15 @@ def actions():
 @pytest.mark.parametrize("row", KEPT, ids=lambda row: row["flags"][0])
 def test_published_flag_is_kept(row):
     action = actions()[row["flags"][0]]
-    ours = {"flags": list(action.option_strings), "dest": action.dest, "default": action.default,
-            "type": action.type and action.type.__name__, "nargs": action.nargs,
-            "choices": action.choices and list(action.choices), "action": type(action).__name__.lstrip("_")}
+    ours = {
+        "flags": list(action.option_strings),
+        "dest": action.dest,
+        "default": action.default,
+        "type": action.type and action.type.__name__,
+        "nargs": action.nargs,
+        "choices": action.choices and list(action.choices),
+        "action": type(action).__name__.lstrip("_"),
+    }
     expected = dict(row)
     if row["flags"] == ["--device"]:
         expected["default"] = "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,8 +94,19 @@ def test_flags_without_effect_are_in_no_namespace():
     assert not {flag.strip("-").replace("-", "_") for flag in NO_EFFECT} & set(vars(parse()))
 
 
-@pytest.mark.parametrize("text, value", [("true", True), ("True", True), ("1", True), ("YES", True),
-                                         ("false", False), ("False", False), ("0", False), ("no", False)])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("true", True),
+        ("True", True),
+        ("1", True),
+        ("YES", True),
+        ("false", False),
+        ("False", False),
+        ("0", False),
+        ("no", False),
+    ],
+)
 def test_boolean(text, value):
     assert boolean(text) is value
     assert parse(f"--use_submitit {text}").use_submitit is value
@@ -103,32 +120,53 @@ def test_boolean_refuses_other_words(capsys):
     assert "write true or false" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("line, precision", [
-    ("", "auto"), ("--amp auto", "auto"), ("--amp off", "off"), ("--amp fp16", "fp16"),
-    ("--amp bf16", "bf16"),
-    ("--use-native-amp", "auto"), ("--no-amp", "off"),
-    ("--use-native-amp --amp auto", "auto"), ("--no-amp --amp off", "off")])
+@pytest.mark.parametrize(
+    "line, precision",
+    [
+        ("", "auto"),
+        ("--amp auto", "auto"),
+        ("--amp off", "off"),
+        ("--amp fp16", "fp16"),
+        ("--amp bf16", "bf16"),
+        ("--use-native-amp", "auto"),
+        ("--no-amp", "off"),
+        ("--use-native-amp --amp auto", "auto"),
+        ("--no-amp --amp off", "off"),
+    ],
+)
 def test_amp_flags_that_agree(line, precision):
     assert requested_amp(parse(line)) == precision
 
 
-@pytest.mark.parametrize("line, one, other", [
-    ("--use-native-amp --no-amp", "--use-native-amp", "--no-amp"),
-    ("--use-native-amp --amp off", "--use-native-amp", "--amp off"),
-    ("--use-native-amp --amp bf16", "--use-native-amp", "--amp bf16"),
-    ("--no-amp --amp auto", "--no-amp", "--amp auto"), ("--no-amp --amp fp16", "--no-amp", "--amp fp16"),
-    ("--no-amp --amp bf16", "--no-amp", "--amp bf16"),
-    ("--use-native-amp --no-amp --amp auto", "--use-native-amp", "--no-amp"),
-    ("--use-native-amp --no-amp --amp off", "--use-native-amp", "--no-amp")])
+@pytest.mark.parametrize(
+    "line, one, other",
+    [
+        ("--use-native-amp --no-amp", "--use-native-amp", "--no-amp"),
+        ("--use-native-amp --amp off", "--use-native-amp", "--amp off"),
+        ("--use-native-amp --amp bf16", "--use-native-amp", "--amp bf16"),
+        ("--no-amp --amp auto", "--no-amp", "--amp auto"),
+        ("--no-amp --amp fp16", "--no-amp", "--amp fp16"),
+        ("--no-amp --amp bf16", "--no-amp", "--amp bf16"),
+        ("--use-native-amp --no-amp --amp auto", "--use-native-amp", "--no-amp"),
+        ("--use-native-amp --no-amp --amp off", "--use-native-amp", "--no-amp"),
+    ],
+)
 def test_amp_flags_that_disagree(line, one, other):
     for refuse in (requested_amp, check):
         with pytest.raises(ValueError, match=f"^{one} and {other} disagree"):
             refuse(parse(line))
 
 
-@pytest.mark.parametrize("line, counts", [
-    ("--batch-size 108 --mu 0.125", (13, 95)), ("--batch-size 108", (18, 90)), ("", (10, 54)),
-    (f"--batch-size 108 --mu {1 / 6}", (18, 90)), ("--batch-size 108 --mu 0.16667", (18, 90))])
+@pytest.mark.parametrize(
+    "line, counts",
+    [
+        ("--batch-size 108 --mu 0.125", (13, 95)),
+        ("--batch-size 108", (18, 90)),
+        ("", (10, 54)),
+        (f"--batch-size 108 --mu {1 / 6}", (18, 90)),
+        ("--batch-size 108 --mu 0.16667", (18, 90)),
+    ],
+)
 def test_labelled_and_unlabelled(line, counts):
     assert labelled_and_unlabelled(parse(line)) == counts
 
@@ -136,51 +174,75 @@ def test_labelled_and_unlabelled(line, counts):
 EVEN = "mixup and cutmix mix a batch with its own reverse, so the labelled batch must be even: "
 
 
-@pytest.mark.parametrize("line, message", [
-    ("--epochs 0", "--epochs 0 must be at least 1"), ("--batch-size 0", "--batch-size 0 must be at least 1"),
-    ("--evaluate-freq 0", "--evaluate-freq 0 must be at least 1"),
-    ("--input-size 0", "--input-size 0 must be"),
-    ("--steps-per-epoch -1", "--steps-per-epoch -1 must be 0 or more"),
-    ("--num_workers -1", "--num_workers -1 must"),
-    ("--threshold 1.1", "--threshold 1.1 must be from 0 to 1"), ("--threshold -0.1", "--threshold -0.1 must"),
-    ("--threshold nan", "--threshold nan must"),
-    ("--temperature 0", "--temperature 0.0 must be above 0"),
-    ("--infonce-T -1", "--infonce-T -1.0 must be above 0"),
-    ("--smoothing 1", "--smoothing 1.0 must be 0 or more and below 1"),
-    ("--smoothing -0.1", "--smoothing -0.1 must"),
-    ("--drop 1", "--drop 1.0 must"), ("--drop -0.1", "--drop -0.1 must"),
-    ("--drop-path 1", "--drop-path 1.0 must"),
-    ("--mask-cnn-ratio -1", "--mask-cnn-ratio -1.0 must be 0 or more"),
-    ("--mask-transformer-ratio -1", "--mask-transformer-ratio -1.0 must"),
-    ("--mask-cnn-ratio-u -1", "--mask-cnn-ratio-u -1.0 must"),
-    ("--mask-transformer-ratio-u -1", "--mask-transformer-ratio-u -1.0 must"),
-    ("--semi-lambda -1", "--semi-lambda -1.0 must"),
-    ("--consistency-lambda -1", "--consistency-lambda -1.0 must"),
-    ("--select-ratio 0", "--select-ratio 0.0 must be above 0 and at most 1"),
-    ("--select-ratio 2", "--select-ratio 2"),
-    (SEMI + "--mu 1.5", "--mu 1.5 must be above 0 and below 1"), (SEMI + "--mu -0.5", "--mu -0.5 must be"),
-    (SEMI + "--mu 0", "--mu 0.0 leaves no labelled image in a batch of 64 (--batch-size): raise --mu"),
-    (SEMI + "--batch-size 4 --mu 0.2", "--mu 0.2 leaves no labelled image in a batch of 4 (--batch-size): "),
-    (SEMI + "--mu 1", "--mu 1.0 leaves no unlabelled image in a batch of 64 (--batch-size): lower --mu"),
-    (SEMI + "--batch-size 108 --mu 0.125", EVEN + "--batch-size 108 with --mu 0.125 gives 13; "
-     "change them or pass --mixup 0 --cutmix 0"),
-    (SEMI + "--batch-size 108 --mu 0.125 --mixup 0", EVEN),
-    (SEMI + "--batch-size 108 --mu 0.125 --cutmix 0", EVEN),
-    (SEMI + "--batch-size 108 --mu 0.125 --mixup 0 --cutmix 0 --cutmix-minmax 0.2 0.8", EVEN),
-    (SEMI + "--batch-size 65 --semi-start-epoch 1", EVEN + "--batch-size 65 is odd"),
-    (SEMI + "--batch-size 65 --supervise-only", EVEN + "--batch-size 65 is odd"),
-    ("--batch-size 65", EVEN + "--batch-size 65 is odd")])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("--epochs 0", "--epochs 0 must be at least 1"),
+        ("--batch-size 0", "--batch-size 0 must be at least 1"),
+        ("--evaluate-freq 0", "--evaluate-freq 0 must be at least 1"),
+        ("--input-size 0", "--input-size 0 must be"),
+        ("--steps-per-epoch -1", "--steps-per-epoch -1 must be 0 or more"),
+        ("--num_workers -1", "--num_workers -1 must"),
+        ("--threshold 1.1", "--threshold 1.1 must be from 0 to 1"),
+        ("--threshold -0.1", "--threshold -0.1 must"),
+        ("--threshold nan", "--threshold nan must"),
+        ("--temperature 0", "--temperature 0.0 must be above 0"),
+        ("--infonce-T -1", "--infonce-T -1.0 must be above 0"),
+        ("--smoothing 1", "--smoothing 1.0 must be 0 or more and below 1"),
+        ("--smoothing -0.1", "--smoothing -0.1 must"),
+        ("--drop 1", "--drop 1.0 must"),
+        ("--drop -0.1", "--drop -0.1 must"),
+        ("--drop-path 1", "--drop-path 1.0 must"),
+        ("--mask-cnn-ratio -1", "--mask-cnn-ratio -1.0 must be 0 or more"),
+        ("--mask-transformer-ratio -1", "--mask-transformer-ratio -1.0 must"),
+        ("--mask-cnn-ratio-u -1", "--mask-cnn-ratio-u -1.0 must"),
+        ("--mask-transformer-ratio-u -1", "--mask-transformer-ratio-u -1.0 must"),
+        ("--semi-lambda -1", "--semi-lambda -1.0 must"),
+        ("--consistency-lambda -1", "--consistency-lambda -1.0 must"),
+        ("--select-ratio 0", "--select-ratio 0.0 must be above 0 and at most 1"),
+        ("--select-ratio 2", "--select-ratio 2"),
+        (SEMI + "--mu 1.5", "--mu 1.5 must be above 0 and below 1"),
+        (SEMI + "--mu -0.5", "--mu -0.5 must be"),
+        (SEMI + "--mu 0", "--mu 0.0 leaves no labelled image in a batch of 64 (--batch-size): raise --mu"),
+        (SEMI + "--batch-size 4 --mu 0.2", "--mu 0.2 leaves no labelled image in a batch of 4 (--batch-size): "),
+        (SEMI + "--mu 1", "--mu 1.0 leaves no unlabelled image in a batch of 64 (--batch-size): lower --mu"),
+        (
+            SEMI + "--batch-size 108 --mu 0.125",
+            EVEN + "--batch-size 108 with --mu 0.125 gives 13; change them or pass --mixup 0 --cutmix 0",
+        ),
+        (SEMI + "--batch-size 108 --mu 0.125 --mixup 0", EVEN),
+        (SEMI + "--batch-size 108 --mu 0.125 --cutmix 0", EVEN),
+        (SEMI + "--batch-size 108 --mu 0.125 --mixup 0 --cutmix 0 --cutmix-minmax 0.2 0.8", EVEN),
+        (SEMI + "--batch-size 65 --semi-start-epoch 1", EVEN + "--batch-size 65 is odd"),
+        (SEMI + "--batch-size 65 --supervise-only", EVEN + "--batch-size 65 is odd"),
+        ("--batch-size 65", EVEN + "--batch-size 65 is odd"),
+    ],
+)
 def test_check_refuses_and_names_the_flag(line, message):
     with pytest.raises(ValueError) as refusal:
         check(parse(line))
     assert str(refusal.value).startswith(message)
 
 
-@pytest.mark.parametrize("line", [
-    "", SEMI, SCRIPT, SCRIPT + " --semi-start-epoch 30 --epochs 600", SEMI + "--batch-size 65",
-    SEMI + "--supervise-only --mu 1", "--mu 0", SEMI + "--batch-size 4 --mu 0.2 --supervise-only",
-    "--batch-size 65 --mixup 0 --cutmix 0", "--threshold 0", "--threshold 1", "--smoothing 0",
-    "--eval --batch-size 1", "--eval --mu 7 --batch-size 3 --data-set SEMI-IMNET"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        SEMI,
+        SCRIPT,
+        SCRIPT + " --semi-start-epoch 30 --epochs 600",
+        SEMI + "--batch-size 65",
+        SEMI + "--supervise-only --mu 1",
+        "--mu 0",
+        SEMI + "--batch-size 4 --mu 0.2 --supervise-only",
+        "--batch-size 65 --mixup 0 --cutmix 0",
+        "--threshold 0",
+        "--threshold 1",
+        "--smoothing 0",
+        "--eval --batch-size 1",
+        "--eval --mu 7 --batch-size 3 --data-set SEMI-IMNET",
+    ],
+)
 def test_check_lets_pass(line):
     check(parse(line))
 
@@ -190,17 +252,35 @@ def test_eval_still_checks_what_evaluation_uses():
         check(parse("--eval --input-size 0"))
 
 
-@pytest.mark.parametrize("line, named", [
-    *[(f"--data-set {name}", f"--data-set {name}") for name in (
-        "CIFAR10", "CIFAR100", "INAT", "INAT19", "SEMI-INAT", "SEMI-PLACES205", "5PER-SEMI-PLACES205",
-        "1PER-SEMI-PLACES205")],
-    ("--inat-category genus", "--inat-category genus"), ("--select-ratio 0.5", "--select-ratio 0.5"),
-    ("--finetune a.pth", "--finetune a.pth"), ("--split-folder lists", "--split-folder lists"),
-    *[(f"--{name}-load", f"--{name}-load") for name in ("dino", "semiformer", "resnet", "warmup-model")],
-    *[(f"--{name}-load-file a.pth", f"--{name}-load-file a.pth")
-      for name in ("dino", "semiformer", "resnet", "warmup-model")],
-    ("--resume https://host/a.pth", "--resume https://host/a.pth"),
-    ("--resume http://host/a.pth", "--resume http://host/a.pth")])
+@pytest.mark.parametrize(
+    "line, named",
+    [
+        *[
+            (f"--data-set {name}", f"--data-set {name}")
+            for name in (
+                "CIFAR10",
+                "CIFAR100",
+                "INAT",
+                "INAT19",
+                "SEMI-INAT",
+                "SEMI-PLACES205",
+                "5PER-SEMI-PLACES205",
+                "1PER-SEMI-PLACES205",
+            )
+        ],
+        ("--inat-category genus", "--inat-category genus"),
+        ("--select-ratio 0.5", "--select-ratio 0.5"),
+        ("--finetune a.pth", "--finetune a.pth"),
+        ("--split-folder lists", "--split-folder lists"),
+        *[(f"--{name}-load", f"--{name}-load") for name in ("dino", "semiformer", "resnet", "warmup-model")],
+        *[
+            (f"--{name}-load-file a.pth", f"--{name}-load-file a.pth")
+            for name in ("dino", "semiformer", "resnet", "warmup-model")
+        ],
+        ("--resume https://host/a.pth", "--resume https://host/a.pth"),
+        ("--resume http://host/a.pth", "--resume http://host/a.pth"),
+    ],
+)
 def test_not_built(line, named):
     with pytest.raises(NotImplementedError) as answer:
         not_built(parse(line))

@@ -11,9 +11,23 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from pseudo_labels import POLICIES, diagnostics, pseudo_label, select_targets
 
 DATA = Path(__file__).parent / "data"
-NAMES = ["cnn", "transformer", "fuse", "softmax_fuse",
-         "Vote_equal", "Vote_cnnBias", "Vote_larger", "Vote_larger2", "Vote_equal2",
-         "weight_v1", "weight_v2", "weight_v3", "weight_v4", "weight_v5", "weight_v6"]
+NAMES = [
+    "cnn",
+    "transformer",
+    "fuse",
+    "softmax_fuse",
+    "Vote_equal",
+    "Vote_cnnBias",
+    "Vote_larger",
+    "Vote_larger2",
+    "Vote_equal2",
+    "weight_v1",
+    "weight_v2",
+    "weight_v3",
+    "weight_v4",
+    "weight_v5",
+    "weight_v6",
+]
 REFERENCE = json.loads((DATA / "losses.json").read_text())
 CASES = {name: case for name, case in REFERENCE.items() if "targets" in case}  # not the supervised phase
 C = 10
@@ -29,8 +43,9 @@ def test_reference(name):
     arrays = np.load(DATA / "losses.npz")
     conv, trans = (torch.from_numpy(arrays[f"input|weak_{stream}"]) for stream in ("conv", "trans"))
     settings = CASES[name]["settings"]
-    targets, weights = select_targets(conv, trans, settings["pseudo_type"], settings["threshold"],
-                                      settings.get("temperature", 1.0))
+    targets, weights = select_targets(
+        conv, trans, settings["pseudo_type"], settings["threshold"], settings.get("temperature", 1.0)
+    )
     assert targets.dtype == torch.int64 and weights.dtype == torch.float64
     assert targets.tolist() == CASES[name]["targets"]
     assert weights.tolist() == CASES[name]["weights"]
@@ -145,8 +160,7 @@ def test_policy_equals_slow_version(policy, dtype):
         for threshold in (0.0, 0.3, 0.5, 0.7, 1.0, 1.01, met):
             for temperature in (0.5, 1.0, 2.0):
                 targets, weights = select_targets(conv, trans, policy, threshold, temperature)
-                expected = [slow_image(policy, c, t, threshold, temperature)
-                            for c, t in zip(conv, trans, strict=True)]
+                expected = [slow_image(policy, c, t, threshold, temperature) for c, t in zip(conv, trans, strict=True)]
                 assert targets.dtype == torch.int64 and weights.dtype == dtype
                 assert targets.tolist() == [target for target, _ in expected], (threshold, temperature)
                 assert weights.tolist() == [weight for _, weight in expected], (threshold, temperature)
@@ -183,8 +197,9 @@ def test_unknown_policy_is_named_with_the_known_ones():
 
 def test_two_streams_are_select_targets():
     streams = scattered()
-    for listed, direct in zip(pseudo_label(list(streams), "fuse", 0.6, 2.0),
-                              select_targets(*streams, "fuse", 0.6, 2.0), strict=True):
+    for listed, direct in zip(
+        pseudo_label(list(streams), "fuse", 0.6, 2.0), select_targets(*streams, "fuse", 0.6, 2.0), strict=True
+    ):
         assert listed.equal(direct)
 
 

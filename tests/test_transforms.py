@@ -219,8 +219,18 @@ def test_posterize_keeps_the_highest_bits(bits):
     assert np.array_equal(result, np.asarray(image) >> (8 - bits) << (8 - bits))
 
 
-@pytest.mark.parametrize("aa, number", [("rand-m9-mstd0.5-inc1", 1), ("rand-m9", 1), ("rand-m9-t3aw", 1),
-                                        ("augmix-m5-w4-d2", 1), ("v0", 2), ("original", 5), ("3a", 0)])
+@pytest.mark.parametrize(
+    "aa, number",
+    [
+        ("rand-m9-mstd0.5-inc1", 1),
+        ("rand-m9", 1),
+        ("rand-m9-t3aw", 1),
+        ("augmix-m5-w4-d2", 1),
+        ("v0", 2),
+        ("original", 5),
+        ("3a", 0),
+    ],
+)
 def test_every_posterize_of_a_policy_is_repaired(aa, number):
     table, function = dict(timm_augment.NAME_TO_OP), timm_augment.posterize
     untouched = operations(create_transform(64, is_training=True, auto_augment=aa))

@@ -1,0 +1,28 @@
+"""Run under torchrun by test_end_to_end: writes which images this rank's loaders of epoch 0 give, one file a rank."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+import semi_main
+import utils
+from loading import training_loader
+from options import get_args_parser
+
+out, *words = sys.argv[1:]
+args = argparse.ArgumentParser(parents=[get_args_parser()]).parse_args(words)
+run = semi_main.Run(args, utils.init_distributed("cpu"))
+seen = {}
+for name, views, order in (
+    ("labelled", run.labelled, run.labelled_order),
+    ("unlabelled", run.unlabelled, run.unlabelled_order),
+):
+    loader = training_loader(
+        views, order, 1, len(order), seed=args.seed, epoch=0, rank=run.rank, num_workers=0, pin_memory=False, stream=0
+    )
+    seen[name] = [int(batch[-1]) for batch in loader]
+Path(out, f"rank{run.rank}.json").write_text(json.dumps(seen))
+dist.destroy_process_group()
