@@ -36,7 +36,7 @@ class TrainState:
     best: dict = field(default_factory=lambda: {"acc1": 0.0, "epoch": -1})
 
     def to_dict(self, args):
-        """The published keys `model optimizer lr_scheduler epoch model_ema args`, plus `scaler` and `best`."""
+        """The published keys `model optimizer lr_scheduler epoch model_ema args`; ours: `scaler best plateau`."""
         content = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -48,6 +48,8 @@ class TrainState:
         }
         if self.ema is not None:
             content["model_ema"] = self.ema.module.state_dict()
+        if hasattr(self.scheduler, "lr_scheduler"):  # timm's plateau leaves its counters out of its state.
+            content["plateau"] = self.scheduler.lr_scheduler.state_dict()
         return content
 
     def from_dict(self, content, path):
@@ -64,13 +66,17 @@ class TrainState:
                 self.ema.module.load_state_dict(self.model.state_dict())
         lacking = [key for key in ("optimizer", "lr_scheduler", "epoch") if key not in content]
         if lacking:
-            say(f"{path} lacks {', '.join(lacking)}: its weights are used, and training starts at the first epoch.")
+            say(f"{path} lacks {', '.join(lacking)}: its weights are used, the rest starts anew.")
             return
         try:
             self.optimizer.load_state_dict(content["optimizer"])
         except (ValueError, KeyError) as error:
             raise ValueError(f"The optimizer state in {path} is not of this network and --opt ({error}).") from error
+        if ("plateau" in content) != hasattr(self.scheduler, "lr_scheduler"):
+            raise ValueError(f"The schedule in {path} is another than --sched: plateau goes on as plateau only.")
         self.scheduler.load_state_dict(content["lr_scheduler"])
+        if "plateau" in content:
+            self.scheduler.lr_scheduler.load_state_dict(content["plateau"])
         if content.get("scaler"):
             self.scaler.load_state_dict(content["scaler"])
         self.epoch = content["epoch"]

@@ -80,7 +80,8 @@ def _images_below(root, name):
     paths = []
     for folder, folders, files in os.walk(root / name, followlinks=True):
         folders[:] = (each for each in folders if not each.startswith("."))
-        images = (os.path.join(folder, file) for file in files if file.lower().endswith(IMG_EXTENSIONS))
+        shown = (file for file in files if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith("."))
+        images = (os.path.join(folder, file) for file in shown)
         paths += (os.path.relpath(path, root).replace(os.sep, "/") for path in images)
     return paths
 
@@ -89,7 +90,7 @@ def image_folder(root):
     """Read a folder in ImageNet layout, `root/<class>/**/<image>`.
 
     The class index is the rank of the folder's name in natural order (class2 before class10, as timm sorts);
-    images are sorted by path within their class, hidden folders are left out. Returns Samples.
+    images are sorted by path within their class, hidden files and folders are left out. Returns Samples.
     Raises FileNotFoundError or ValueError naming a missing folder, one without classes, an empty class.
     """
     root = Path(root)

@@ -192,7 +192,7 @@ def _optimizer_flags(parser):
 def _schedule_flags(parser):
     add = _group(parser, "learning rate")
     add("--sched", default="cosine", type=str, metavar="SCHEDULER",
-        help="schedule by timm's name, stepped once an epoch")
+        help="schedule, stepped once an epoch: cosine, tanh, step, poly or plateau (of top-1)")
     add("--lr", type=float, default=5e-4, metavar="LR",
         help="peak learning rate, absolute: not scaled by the batch")
     add("--warmup-lr", type=float, default=1e-6, metavar="LR",
@@ -200,7 +200,7 @@ def _schedule_flags(parser):
     add("--min-lr", type=float, default=1e-5, metavar="LR", help="learning rate at which the schedule ends")
     add("--warmup-epochs", type=int, default=5, metavar="N", help="epochs of linear warm-up")
     add("--cooldown-epochs", type=int, default=10, metavar="N",
-        help="epochs at --min-lr after a cyclic schedule, or after a drop of the plateau schedule")
+        help="epochs the plateau schedule waits after a drop before it counts again")
     add("--patience-epochs", type=int, default=10, metavar="N",
         help="epochs without progress before the plateau schedule drops the rate")
     add("--decay-epochs", type=float, default=30, metavar="N",
@@ -293,17 +293,25 @@ def labelled_and_unlabelled(args):
     return labelled, args.batch_size - labelled
 
 
+_SCHEDULES = ("cosine", "tanh", "step", "poly", "plateau")
 _LIMITS = {
     "must be at least 1": (
-        lambda x: x >= 1, ("--epochs", "--batch-size", "--evaluate-freq", "--input-size")),
+        lambda x: x >= 1, ("--epochs", "--batch-size", "--evaluate-freq", "--input-size", "--recount")),
     "must be 0 or more": (
         lambda x: x >= 0,
-        ("--steps-per-epoch", "--num_workers", "--semi-lambda", "--consistency-lambda", "--mask-cnn-ratio",
-         "--mask-transformer-ratio", "--mask-cnn-ratio-u", "--mask-transformer-ratio-u")),
-    "must be above 0": (lambda x: x > 0, ("--temperature", "--infonce-T")),
-    "must be from 0 to 1": (lambda x: 0 <= x <= 1, ("--threshold",)),
+        ("--steps-per-epoch", "--start_epoch", "--warmup-epochs", "--num_workers", "--semi-lambda",
+         "--consistency-lambda", "--mask-cnn-ratio", "--mask-transformer-ratio", "--mask-cnn-ratio-u",
+         "--mask-transformer-ratio-u", "--color-jitter", "--mixup", "--cutmix", "--lr", "--min-lr", "--warmup-lr",
+         "--weight-decay", "--momentum")),
+    "must be above 0": (lambda x: x is None or x > 0, ("--temperature", "--infonce-T", "--clip-grad")),
+    "must be from 0 to 1": (
+        lambda x: 0 <= x <= 1, ("--threshold", "--reprob", "--mixup-prob", "--mixup-switch-prob", "--model-ema-decay")),
     "must be 0 or more and below 1": (lambda x: 0 <= x < 1, ("--smoothing", "--drop", "--drop-path")),
     "must be above 0 and at most 1": (lambda x: 0 < x <= 1, ("--select-ratio",)),
+    f"must be one of {', '.join(_SCHEDULES)}": (lambda x: x in _SCHEDULES, ("--sched",)),
+    "must be batch, pair or elem": (lambda x: x in ("batch", "pair", "elem"), ("--mixup-mode",)),
+    "must be one share or two": (lambda x: x is None or len(x) <= 2, ("--lr-noise",)),
+    "must be two numbers": (lambda x: x is None or len(x) == 2, ("--opt-betas", "--cutmix-minmax")),
 }
 
 

@@ -53,13 +53,25 @@ def mixed_precision(choice, device):
 
 
 def build_optimizer(args, model):
-    """timm's optimizer of the flags; no decay on biases, 1-d parameters and `no_weight_decay`."""
-    return create_optimizer_v2(model, **optimizer_kwargs(args))
+    """timm's optimizer of the flags; no decay on biases, 1-d parameters and `no_weight_decay`.
+
+    Raises ValueError for an optimizer timm does not know or that refuses the flags' settings.
+    """
+    try:
+        return create_optimizer_v2(model, **optimizer_kwargs(args))
+    except (ValueError, AssertionError, TypeError) as error:
+        raise ValueError(f"timm cannot make --opt {args.opt} with these --opt-* flags: {error!r}") from error
 
 
 def build_scheduler(args, optimizer):
     """timm's schedule of the flags, stepped once an epoch, after it, with the epoch's own index."""
-    return create_scheduler_v2(optimizer, **scheduler_kwargs(args))[0]
+    settings = scheduler_kwargs(args)
+    if args.sched == "plateau" and not args.warmup_epochs:
+        settings["warmup_lr"] = args.lr  # timm's plateau starts from it even without a warm-up.
+    scheduler, _ = create_scheduler_v2(optimizer, **settings)
+    if args.sched == "plateau":
+        scheduler.lr_scheduler.cooldown = args.cooldown_epochs  # timm's factory always sets 0.
+    return scheduler
 
 
 def learning_rates(args):
@@ -100,8 +112,9 @@ def _distributed(model, device):
     if not dist.is_initialized():
         return model
     unused = model.unused_parameters() if hasattr(model, "unused_parameters") else []
-    # They would make DDP wait for gradients that never come.
+    # DDP would wait for their gradients, which never come.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, unused)
+    # BatchNorm's batch statistics are per process; DDP's default starts every forward from rank 0's running ones.
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 
@@ -188,7 +201,7 @@ class Run:
         if args.resume:
             state.ema = self._average() if args.model_ema else None
             state.from_dict(checkpoint.read(args.resume), args.resume)
-        elif args.start_epoch:
+        if args.start_epoch and state.epoch < 0:
             state.epoch = args.start_epoch - 1
             state.scheduler.step(state.epoch)
 

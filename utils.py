@@ -98,7 +98,10 @@ def broadcast_buffers(*models):
     if dist.is_initialized():
         for model in models:
             for buffer in model.buffers():
-                dist.broadcast(buffer, src=0)
+                # NCCL moves GPU tensors only, and --model-ema-force-cpu keeps the average on the CPU.
+                staged = buffer.cuda() if dist.get_backend() == "nccl" else buffer
+                dist.broadcast(staged, src=0)
+                buffer.copy_(staged)
 
 
 def say(*words):

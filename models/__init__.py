@@ -24,7 +24,7 @@ def build_model(
     setting the network does not have.
     """
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models() + list(semiformer.__all__), n=3)
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise ValueError(f"Unknown --model {name!r}" + (f": did you mean {', '.join(close)}?" if close else "."))
     settings = dict(overrides, num_classes=num_classes)
     if name.startswith(("Semiformer_", "Conformer_")):

@@ -137,3 +137,29 @@ def test_an_optimizer_of_another_kind_is_named():
     content["optimizer"] = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1).state_dict()
     with pytest.raises(ValueError, match="The optimizer state in a.pth is not of this network and --opt"):
         state.from_dict(content, "a.pth")
+
+
+def test_plateau_goes_on_with_its_counters_and_as_plateau_only():
+    import semi_main
+    from options import get_args_parser
+
+    def plateau(sched="plateau"):
+        words = ["--sched", sched, "--warmup-epochs", "0", "--patience-epochs", "2", "--cooldown-epochs", "0"]
+        args = argparse.ArgumentParser(parents=[get_args_parser()]).parse_args(words)
+        state = state_of()
+        state.scheduler = semi_main.build_scheduler(args, state.optimizer)
+        return state
+
+    def step(state, epochs):
+        return [
+            (state.scheduler.step(epoch, metric=50.0), state.optimizer.param_groups[0]["lr"])[1] for epoch in epochs
+        ]
+
+    whole, first, second = plateau(), plateau(), plateau()
+    rates = step(whole, range(9))
+    assert len(set(rates)) > 2
+    before = step(first, range(3))
+    second.from_dict(first.to_dict(None), "a.pth")
+    assert before + step(second, range(3, 9)) == rates
+    with pytest.raises(ValueError, match="The schedule in a.pth is another than --sched"):
+        plateau("cosine").from_dict(first.to_dict(None), "a.pth")

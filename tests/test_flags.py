@@ -25,13 +25,31 @@ from pseudo_labels import select_targets
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NO_EFFECT = ("--opt-level", "--cross-attn", "--cnn2trans", "--trans2cnn", "--resplit")
-KINDS = {"parameter group", "network", "transform", "mixing", "loss part", "pseudo label", "schedule",
-         "order", "data", "loader", "step", "file", "printed line", "precision", "process group", "error"}
+KINDS = {
+    "parameter group",
+    "network",
+    "transform",
+    "mixing",
+    "loss part",
+    "pseudo label",
+    "schedule",
+    "order",
+    "data",
+    "loader",
+    "step",
+    "file",
+    "printed line",
+    "precision",
+    "process group",
+    "error",
+}
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
 # One quick step of one quick epoch on the tiny tree: 2 of 4 labelled and 2 of 8 unlabelled images.
-TINY = ("--data-set SEMI-IMNET --data-path TREE --data-split-file LIST --model test_resnet --input-size 32 "
-        "--drop-path 0 --batch-size 4 --mu 0.5 --epochs 1 --steps-per-epoch 1 --num_workers 0 --mixup 0 "
-        "--cutmix 0 --device cpu")
+TINY = (
+    "--data-set SEMI-IMNET --data-path TREE --data-split-file LIST --model test_resnet --input-size 32 "
+    "--drop-path 0 --batch-size 4 --mu 0.5 --epochs 1 --steps-per-epoch 1 --num_workers 0 --mixup 0 "
+    "--cutmix 0 --device cpu"
+)
 SAVED = TINY + " --output_dir OUT"
 
 
@@ -63,8 +81,12 @@ def places(tmp_path_factory):
     names = write_tree(root / "tree", ["cat", "dog"])
     write_tree(root / "tree3", ["cat", "dog", "eel"])
     (root / "list.txt").write_text("\n".join(names) + "\n")
-    words = {"TREE": root / "tree", "TREE3": root / "tree3", "LIST": root / "list.txt",
-             "CHECKPOINT": root / "start" / "checkpoint.pth"}
+    words = {
+        "TREE": root / "tree",
+        "TREE3": root / "tree3",
+        "LIST": root / "list.txt",
+        "CHECKPOINT": root / "start" / "checkpoint.pth",
+    }
     outs = (root / f"out{i}" for i in range(1000))
 
     def placed(argv):
@@ -119,14 +141,19 @@ def log(figure):
     return probe
 
 
+epochs_logged = log(lambda line: line["epoch"])
+
+
 def logs(key):
     """Whether each line of log.txt has this key."""
     return log(lambda line: key in line)
 
 
 def plan(labelled, unlabelled, steps=1):
-    return (f"semi-supervised: {labelled} + {unlabelled} images a process and step, "
-            f"{labelled + unlabelled} in all on 1 process(es); {steps} steps an epoch")
+    return (
+        f"semi-supervised: {labelled} + {unlabelled} images a process and step, "
+        f"{labelled + unlabelled} in all on 1 process(es); {steps} steps an epoch"
+    )
 
 
 def files(args):
@@ -255,7 +282,7 @@ def blends(args):
 
 
 def objective_of(args, features=None):
-    """The objective over ln(4) / 2, where each image's cross-entropy is ln 4 (CNN) and 2 ln 4 (transformer)."""
+    """Objective over ln(4) / 2; without smoothing an image's loss is ln 4 (CNN) and 2 ln 4 (transformer)."""
     unsure = torch.tensor([1.0, 5, 5, 5]).log().repeat(3, 1)  # 1/16 for class 0
     logits, first = [torch.zeros(3, 4), unsure], torch.zeros(3, dtype=torch.int64)
     total, _ = objective(logits, first, logits, first, torch.ones(3), Recipe.from_args(args), features)
@@ -282,12 +309,19 @@ def pseudo_labels(args):
     return targets.tolist(), weights.tolist()
 
 
-def first_image(args):
-    """The first labelled image of epoch 0, as the network gets it."""
+def augmented_image(args):
+    """The first image of the tree as the network gets it in epoch 0."""
     run = started(args)
+    run.labelled.indices[:] = 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(semi_main, "train_one_epoch", lambda *inputs, **_: next(inputs[3])[0][0])
         return run.train_epoch(0).tolist()
+
+
+def initial_weight(args):
+    with redirect_stdout(io.StringIO()):
+        run = semi_main.train(args, CPU)
+    return next(run.state.model.parameters()).flatten()[0].item()
 
 
 def first_rate(args):
@@ -322,13 +356,6 @@ def evaluation_batch(args):
         patch.setattr(semi_main, "evaluate", lambda *_, **__: None)
         semi_main._evaluate(args, run.state.model, run.validation, CPU, run.autocast)
     return seen[0]
-
-
-def started_from_seed(args):
-    """A weight, the labelled order and a pixel."""
-    run = started(args)
-    weight = next(run.state.model.parameters()).flatten()[0].item()
-    return weight, list(run.labelled_order), first_image(args)[0][0][0]
 
 
 def triples(args):
@@ -415,62 +442,114 @@ DEIT = "--model deit_tiny_patch16_224 --drop-path 0"
 TWO = "--model Semiformer_micro_patch16 --input-size 32 --drop-path 0"
 NO_WARMUP = "--epochs 4 --warmup-epochs 0 --lr 1 --min-lr 0"
 STEP = "--sched step --warmup-epochs 0 --lr 1"
-PLATEAU = ("--sched plateau --warmup-epochs 0 --warmup-lr 1 --lr 1 --min-lr 0 --decay-rate 0.1 --epochs 8 "
-           "--patience-epochs 1 --cooldown-epochs 0")
+PLATEAU = (
+    "--sched plateau --warmup-epochs 0 --warmup-lr 1 --lr 1 --min-lr 0 --decay-rate 0.1 --epochs 8 "
+    "--patience-epochs 1 --cooldown-epochs 0"
+)
 NOISE = "--sched step --warmup-epochs 0 --lr 1 --epochs 9 --lr-noise 0"
 NO_AA = ["--aa", ""]
 
 FLAGS = {
     # length and pace
-    "--batch-size": Row("printed line", "4", "6", described("semi-supervised"), (plan(2, 2), plan(3, 3)),
-                        TINY),
-    "--epochs": Row("file", "1", "2", log(lambda line: line["epoch"]), ([0], [0, 1]), SAVED),
-    "--steps-per-epoch": Row("printed line", "0", "7", described("semi-supervised"), (
-        plan(2, 2, steps=2), plan(2, 2, steps=7)), TINY),
-    "--start_epoch": Row("file", "0", "1", log(lambda line: line["epoch"]), ([0, 1], [1]), SAVED + " --epochs 2"),
-    "--evaluate-freq": Row("file", "1", "2", log(lambda line: line["epoch"]), ([0, 1, 2, 3], [0, 2, 3]), SAVED + " --epochs 4"),
-    "--eval": Row("file", None, "", files, ({"checkpoint.pth", "log.txt", "run.json"}, {"eval.json"}),
-                  SAVED + " --resume CHECKPOINT --epochs 2"),
-    "--seed": Row("order", "0", "1", started_from_seed, None, TINY),
+    "--batch-size": Row("printed line", "4", "6", described("semi-supervised"), (plan(2, 2), plan(3, 3)), TINY),
+    "--epochs": Row("file", "1", "2", epochs_logged, ([0], [0, 1]), SAVED),
+    "--steps-per-epoch": Row(
+        "printed line", "0", "7", described("semi-supervised"), (plan(2, 2, steps=2), plan(2, 2, steps=7)), TINY
+    ),
+    "--start_epoch": Row("file", "0", "1", epochs_logged, ([0, 1], [1]), SAVED + " --epochs 2"),
+    "--evaluate-freq": Row("file", "1", "2", epochs_logged, ([0, 1, 2, 3], [0, 2, 3]), SAVED + " --epochs 4"),
+    "--eval": Row(
+        "file",
+        None,
+        "",
+        files,
+        ({"checkpoint.pth", "log.txt", "run.json"}, {"eval.json"}),
+        SAVED + " --resume CHECKPOINT --epochs 2",
+    ),
+    "--seed": Row("order", "0", "1", lambda args: list(started(args).labelled_order), None, TINY),
     # network
-    "--model": Row("network", "resnet18", "deit_tiny_patch16_224", network(lambda m: type(m).__name__),
-                   ("ResNet", "VisionTransformer")),
+    "--model": Row(
+        "network",
+        "resnet18",
+        "deit_tiny_patch16_224",
+        network(lambda m: type(m).__name__),
+        ("ResNet", "VisionTransformer"),
+    ),
     "--input-size": Row("network", "32", "64", sizes, (([32, 32, 32], 5), ([64, 64, 64], 17)), DEIT),
-    "--drop": Row("network", "0", "0.3", network(rates_of(nn.Dropout, "p")), (
-        [0.0] * 24, [0.0, 0.3, 0.3, 0.3] * 6), TWO),  # attention's own probabilities have none
-    "--drop-path": Row("network", "0", "0.5", network(rates_of(DropPath, "drop_prob")), (
-        [], [0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.5, 0.5]), TWO),
-    "--drop-block": Row("network", None, "0.25", network(rates_of(DropBlock2d, "drop_prob")),
-                        ([], [0.25] * 4), "--model resnet18 --drop-path 0"),
+    "--drop": Row(
+        "network", "0", "0.3", network(rates_of(nn.Dropout, "p")), ([0.0] * 24, [0.0, 0.3, 0.3, 0.3] * 6), TWO
+    ),  # attention's own probabilities have none
+    "--drop-path": Row(
+        "network",
+        "0",
+        "0.5",
+        network(rates_of(DropPath, "drop_prob")),
+        ([], [0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.5, 0.5]),
+        TWO,
+    ),
+    "--drop-block": Row(
+        "network",
+        None,
+        "0.25",
+        network(rates_of(DropBlock2d, "drop_prob")),
+        ([], [0.25] * 4),
+        "--model resnet18 --drop-path 0",
+    ),
     "--remove-fcu": Row("network", None, "", cnn_hears_transformer, (True, False), TWO),
     # data
-    "--data-path": Row("printed line", "TREE", "TREE3", described("validation"), (
-        "8 labelled, 0 unlabelled, 4 validation images", "12 labelled, 0 unlabelled, 6 validation images"),
-         TINY + " --data-set IMNET"),
-    "--data-set": Row("printed line", "IMNET", "SEMI-IMNET", described("validation"), (
-        "8 labelled, 0 unlabelled, 4 validation images", "4 labelled, 8 unlabelled, 4 validation images"),
-        TINY),
+    "--data-path": Row(
+        "printed line",
+        "TREE",
+        "TREE3",
+        described("validation"),
+        ("8 labelled, 0 unlabelled, 4 validation images", "12 labelled, 0 unlabelled, 6 validation images"),
+        TINY + " --data-set IMNET",
+    ),
+    "--data-set": Row(
+        "printed line",
+        "IMNET",
+        "SEMI-IMNET",
+        described("validation"),
+        ("8 labelled, 0 unlabelled, 4 validation images", "4 labelled, 8 unlabelled, 4 validation images"),
+        TINY,
+    ),
     "--inat-category": unbuilt("--inat-category", "genus", "name"),
     "--data-split-file": Row("data", "None", "LIST", lambda args: len(started(args).labelled), (8, 4), TINY),
     "--split-folder": unbuilt("--split-folder", "lists"),
     "--select-ratio": unbuilt("--select-ratio", "0.5", "1"),
     "--unlabelDataset_exclude_labeledData": Row(
-        "data", None, "", lambda args: started(args).unlabelled.indices.tolist(),
-        ([0, 1, 2, 3, 4, 5, 6, 7], [2, 3, 6, 7]), TINY),
+        "data",
+        None,
+        "",
+        lambda args: started(args).unlabelled.indices.tolist(),
+        ([0, 1, 2, 3, 4, 5, 6, 7], [2, 3, 6, 7]),
+        TINY,
+    ),
     # semi-supervised objective
-    "--supervise-only": Row("loss part", None, "", logs("train_loss_u"), ([True], [False]),
-                            SAVED),
-    "--semi-start-epoch": Row("loss part", "0", "1", logs("train_loss_u"),
-                              ([True, True], [False, True]), SAVED + " --epochs 2"),
+    "--supervise-only": Row("loss part", None, "", logs("train_loss_u"), ([True], [False]), SAVED),
+    "--semi-start-epoch": Row(
+        "loss part", "0", "1", logs("train_loss_u"), ([True, True], [False, True]), SAVED + " --epochs 2"
+    ),
     "--mu": Row("printed line", "0.5", "0.25", described("semi-supervised"), (plan(2, 2), plan(1, 3)), TINY),
-    "--pseudo-type": Row("pseudo label", "cnn", "transformer", pseudo_labels,
-                         (([0, 0], [1.0, 1.0]), ([1, 1], [1.0, 1.0]))),
-    "--temperature": Row("pseudo label", "1", "2", pseudo_labels, (
-        ([1, 1], [1.0, 1.0]), ([1, 1], [0.0, 1.0])),
-                         "--pseudo-type transformer"),
-    "--threshold": Row("pseudo label", "0.7", "0.9", pseudo_labels, (
-        ([1, 1], [1.0, 1.0]), ([1, 1], [0.0, 1.0])),
-                       "--pseudo-type transformer"),
+    "--pseudo-type": Row(
+        "pseudo label", "cnn", "transformer", pseudo_labels, (([0, 0], [1.0, 1.0]), ([1, 1], [1.0, 1.0]))
+    ),
+    "--temperature": Row(
+        "pseudo label",
+        "1",
+        "2",
+        pseudo_labels,
+        (([1, 1], [1.0, 1.0]), ([1, 1], [0.0, 1.0])),
+        "--pseudo-type transformer",
+    ),
+    "--threshold": Row(
+        "pseudo label",
+        "0.7",
+        "0.9",
+        pseudo_labels,
+        (([1, 1], [1.0, 1.0]), ([1, 1], [0.0, 1.0])),
+        "--pseudo-type transformer",
+    ),
     "--semi-lambda": Row("loss part", "10", "4", objective_of, (33, 15), "--smoothing 0"),
     "--unlabel-smooth": Row("loss part", None, "", objective_of, (32.6517, 29.1688), "--smoothing 0.4"),
     "--mask-cnn-ratio": Row("loss part", "1", "5", objective_of, (33, 37), "--smoothing 0"),
@@ -478,157 +557,288 @@ FLAGS = {
     "--mask-cnn-ratio-u": Row("loss part", "1", "5", objective_of, (33, 73), "--smoothing 0"),
     "--mask-transformer-ratio-u": Row("loss part", "1", "5", objective_of, (33, 113), "--smoothing 0"),
     # consistency
-    "--dual-consistency": Row("loss part", None, "", logs("train_loss_consistency"),
-                              ([False], [True]), SAVED),
-    "--consistency-start-epoch": Row("loss part", "-1", "1", logs("train_loss_consistency"),
-                                     ([True, True], [False, True]), SAVED + " --epochs 2 --dual-consistency"),
+    "--dual-consistency": Row("loss part", None, "", logs("train_loss_consistency"), ([False], [True]), SAVED),
+    "--consistency-start-epoch": Row(
+        "loss part",
+        "-1",
+        "1",
+        logs("train_loss_consistency"),
+        ([True, True], [False, True]),
+        SAVED + " --epochs 2 --dual-consistency",
+    ),
     "--consistency-type": Row("loss part", "triplet", "infonce", consistency_of, (0.025, 0.4421)),
     "--consistency-lambda": Row("loss part", "0.5", "2", consistency_share, (0.0125, 0.05)),
-    "--infonce-T": Row("loss part", "1", "0.1", consistency_of, (0.4421, 0.0092),
-                       "--consistency-type infonce"),
+    "--infonce-T": Row("loss part", "1", "0.1", consistency_of, (0.4421, 0.0092), "--consistency-type infonce"),
     "--margin": Row("loss part", "0.5", "1", consistency_of, (0.025, 0.2)),
     "--dis-type": Row("loss part", "cos", "l2", consistency_of, (0.025, 0.1069)),
     "--anchor-type": Row("loss part", "weak", "both", consistency_of, (0.025, 0.1)),
     # augmentation
-    "--color-jitter": Row("transform", "0.4", "0.2", transform("ColorJitter", lambda t: t.brightness),
-                          ((0.6, 1.4), (0.8, 1.2)), NO_AA),
-    "--aa": Row("transform", "rand-m9-mstd0.5-inc1", [""], transform("RandAugment", lambda t: len(t.ops)),
-                (15, None)),
+    "--color-jitter": Row(
+        "transform", "0.4", "0.2", transform("ColorJitter", lambda t: t.brightness), ((0.6, 1.4), (0.8, 1.2)), NO_AA
+    ),
+    "--aa": Row("transform", "rand-m9-mstd0.5-inc1", [""], transform("RandAugment", lambda t: len(t.ops)), (15, None)),
     "--smoothing": Row("loss part", "0", "0.4", objective_of, (3, 2.6517), "--semi-lambda 0"),
-    "--train-interpolation": Row("transform", "bicubic", "bilinear", transform(
-        "RandomResizedCropAndInterpolation", lambda t: str(t.interpolation).split(".")[-1].lower()),
-        ("bicubic", "bilinear")),
+    "--train-interpolation": Row(
+        "transform",
+        "bicubic",
+        "bilinear",
+        transform("RandomResizedCropAndInterpolation", lambda t: str(t.interpolation).split(".")[-1].lower()),
+        ("bicubic", "bilinear"),
+    ),
     "--repeated-aug": Row("order", None, "", triples, (False, True), TINY + " --no-repeated-aug"),
     "--no-repeated-aug": Row("order", None, "", triples, (True, False), TINY),
-    "--reprob": Row("transform", "0.25", "0", transform("RandomErasing", lambda t: t.probability),
-                    (0.25, None)),
-    "--remode": Row("transform", "pixel", "const", transform("RandomErasing", lambda t: t.mode),
-                    ("pixel", "const")),
+    "--reprob": Row("transform", "0.25", "0", transform("RandomErasing", lambda t: t.probability), (0.25, None)),
+    "--remode": Row("transform", "pixel", "const", transform("RandomErasing", lambda t: t.mode), ("pixel", "const")),
     "--recount": Row("transform", "1", "3", transform("RandomErasing", lambda t: t.max_count), (1, 3)),
     # mixup
     "--mixup": Row("mixing", "0", "0.8", mixed, None, "--cutmix 0"),
     "--cutmix": Row("mixing", "0", "1", blends, None, "--mixup 0.8 --mixup-switch-prob 1"),
-    "--cutmix-minmax": Row("mixing", None, "0.4 0.6", blends, None,
-                           "--mixup 0.8 --cutmix 0 --mixup-switch-prob 1"),
+    "--cutmix-minmax": Row("mixing", None, "0.4 0.6", blends, None, "--mixup 0.8 --cutmix 0 --mixup-switch-prob 1"),
     "--mixup-prob": Row("mixing", "1", "0", blends, ("~~~~", "====")),
     "--mixup-switch-prob": Row("mixing", "0", "1", blends, ("~~~~", "####")),
     "--mixup-mode": Row("mixing", "batch", "elem", mixed, None, "--mixup-switch-prob 0"),
     # optimizer
     "--opt": Row("parameter group", "adamw", "sgd", optimizer(lambda o: type(o).__name__), ("AdamW", "SGD")),
     "--opt-eps": Row("parameter group", "1e-8", "1e-4", optimizer(lambda o: o.defaults["eps"]), (1e-8, 1e-4)),
-    "--opt-betas": Row("parameter group", None, "0.8 0.9", optimizer(lambda o: tuple(o.defaults["betas"])),
-                       ((0.9, 0.999), (0.8, 0.9))),
+    "--opt-betas": Row(
+        "parameter group", None, "0.8 0.9", optimizer(lambda o: tuple(o.defaults["betas"])), ((0.9, 0.999), (0.8, 0.9))
+    ),
     "--clip-grad": Row("step", None, "0.001", gradient_is_clipped, (False, True), TINY),
-    "--momentum": Row("parameter group", "0.9", "0.5", optimizer(lambda o: o.defaults["momentum"]),
-                      (0.9, 0.5), "--opt sgd"),
-    "--weight-decay": Row("parameter group", "0.05", "0.3", optimizer(decays),
-                          ([(0.0, 2), (0.05, 1)], [(0.0, 2), (0.3, 1)])),
+    "--momentum": Row(
+        "parameter group", "0.9", "0.5", optimizer(lambda o: o.defaults["momentum"]), (0.9, 0.5), "--opt sgd"
+    ),
+    "--weight-decay": Row(
+        "parameter group", "0.05", "0.3", optimizer(decays), ([(0.0, 2), (0.05, 1)], [(0.0, 2), (0.3, 1)])
+    ),
     # schedule
-    "--sched": Row("schedule", "cosine", "step", rates, ([1, 1, 0.853553, 0.5], [1, 1, 1, 0.1]),
-                   NO_WARMUP + " --decay-epochs 2"),
+    "--sched": Row(
+        "schedule", "cosine", "step", rates, ([1, 1, 0.853553, 0.5], [1, 1, 1, 0.1]), NO_WARMUP + " --decay-epochs 2"
+    ),
     "--lr": Row("schedule", "1", "2", rates, ([1, 1, 0.853553, 0.5], [2, 2, 1.70711, 1]), NO_WARMUP),
-    "--warmup-lr": Row("schedule", "0", "0.5", rates, ([0, 0, 0.5, 0.5], [0.5, 0.5, 0.75, 0.5]),
-                       NO_WARMUP + " --warmup-epochs 2"),
-    "--min-lr": Row("schedule", "0", "0.5", rates, ([1, 1, 0.853553, 0.5], [1, 1, 0.926777, 0.75]),
-                    NO_WARMUP),
-    "--warmup-epochs": Row("schedule", "0", "2", rates, ([1, 1, 0.853553, 0.5], [0, 0, 0.5, 0.5]),
-                           NO_WARMUP + " --warmup-lr 0"),
-    "--cooldown-epochs": Row("schedule", "0", "2", stuck_rates, (
-        [1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01], [1, 1, 1, 1, 0.1, 0.1, 0.1, 0.1]), PLATEAU),
-    "--patience-epochs": Row("schedule", "1", "2", stuck_rates, (
-        [1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01], [1, 1, 1, 1, 1, 0.1, 0.1, 0.1]), PLATEAU),
-    "--decay-epochs": Row("schedule", "1", "2", rates, ([1, 1, 0.1, 0.01], [1, 1, 1, 0.1]),
-                          STEP + " --epochs 4"),
-    "--decay-rate": Row("schedule", "0.1", "0.5", rates, ([1, 1, 0.1], [1, 1, 0.5]),
-                        STEP + " --epochs 3 --decay-epochs 1"),
-    "--dr": Row("schedule", "0.1", "0.5", rates, ([1, 1, 0.1], [1, 1, 0.5]),
-                STEP + " --epochs 3 --decay-epochs 1"),
-    "--lr-noise": Row("schedule", None, "0.5", lambda args: [rate == 1 for rate in rates(args)],
-                      ([True] * 4, [True, True, True, False]), STEP + " --epochs 4"),
-    "--lr-noise-pct": Row("schedule", "0.67", "0.01", stays_near_one,
-                          (False, True), NOISE),
-    "--lr-noise-std": Row("schedule", "1", "1e-6", stays_near_one,
-                          (False, True), NOISE),
+    "--warmup-lr": Row(
+        "schedule", "0", "0.5", rates, ([0, 0, 0.5, 0.5], [0.5, 0.5, 0.75, 0.5]), NO_WARMUP + " --warmup-epochs 2"
+    ),
+    "--min-lr": Row("schedule", "0", "0.5", rates, ([1, 1, 0.853553, 0.5], [1, 1, 0.926777, 0.75]), NO_WARMUP),
+    "--warmup-epochs": Row(
+        "schedule", "0", "2", rates, ([1, 1, 0.853553, 0.5], [0, 0, 0.5, 0.5]), NO_WARMUP + " --warmup-lr 0"
+    ),
+    "--cooldown-epochs": Row(
+        "schedule",
+        "0",
+        "2",
+        stuck_rates,
+        ([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01], [1, 1, 1, 1, 0.1, 0.1, 0.1, 0.1]),
+        PLATEAU,
+    ),
+    "--patience-epochs": Row(
+        "schedule", "1", "2", stuck_rates, ([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01], [1, 1, 1, 1, 1, 0.1, 0.1, 0.1]), PLATEAU
+    ),
+    "--decay-epochs": Row("schedule", "1", "2", rates, ([1, 1, 0.1, 0.01], [1, 1, 1, 0.1]), STEP + " --epochs 4"),
+    "--decay-rate": Row(
+        "schedule", "0.1", "0.5", rates, ([1, 1, 0.1], [1, 1, 0.5]), STEP + " --epochs 3 --decay-epochs 1"
+    ),
+    "--dr": Row("schedule", "0.1", "0.5", rates, ([1, 1, 0.1], [1, 1, 0.5]), STEP + " --epochs 3 --decay-epochs 1"),
+    "--lr-noise": Row(
+        "schedule",
+        None,
+        "0.5",
+        lambda args: [rate == 1 for rate in rates(args)],
+        ([True] * 4, [True, True, True, False]),
+        STEP + " --epochs 4",
+    ),
+    "--lr-noise-pct": Row("schedule", "0.67", "0.01", stays_near_one, (False, True), NOISE),
+    "--lr-noise-std": Row("schedule", "1", "1e-6", stays_near_one, (False, True), NOISE),
     # moving average
-    "--model-ema": Row("file", None, "", in_checkpoint("model_ema"), (False, True),
-                       SAVED + " --no-model-ema"),
+    "--model-ema": Row("file", None, "", in_checkpoint("model_ema"), (False, True), SAVED + " --no-model-ema"),
     "--no-model-ema": Row("file", None, "", in_checkpoint("model_ema"), (True, False), SAVED),
     "--model-ema-decay": Row("step", "0.5", "0.25", average_after_a_step, (0.5, 0.25), TINY),
     "--model-ema-force-cpu": Row("step", None, "", average_device, (None, "cpu")),
     # files
-    "--output_dir": Row("file", [""], "OUT", files,
-                        (set(), {"checkpoint.pth", "log.txt", "run.json"}), TINY),
+    "--output_dir": Row("file", [""], "OUT", files, (set(), {"checkpoint.pth", "log.txt", "run.json"}), TINY),
     "--resume": Row("file", [""], "CHECKPOINT", lambda args: started(args).state.epoch, (-1, 0), TINY),
     "--finetune": unbuilt("--finetune", "a.pth"),
-    **{flag: unbuilt(flag, value) for name in ("dino", "semiformer", "resnet", "warmup-model")
-       for flag, value in ((f"--{name}-load", ""), (f"--{name}-load-file", "a.pth"))},
+    **{
+        flag: unbuilt(flag, value)
+        for name in ("dino", "semiformer", "resnet", "warmup-model")
+        for flag, value in ((f"--{name}-load", ""), (f"--{name}-load-file", "a.pth"))
+    },
     # device, precision, loading
-    "--device": Row("error", "cpu", "cuda", joined(), (
-        "cpu", "--device cuda, but PyTorch sees no CUDA GPU here: pass --device cpu.")),
-    "--amp": Row("precision", "bf16", "fp16", precision_on_gpu, (
-        (torch.bfloat16, False), (torch.float16, True))),
+    "--device": Row(
+        "error",
+        "cpu",
+        "cuda",
+        joined(),
+        ("cpu", "--device cuda, but PyTorch sees no CUDA GPU here: pass --device cpu."),
+    ),
+    "--amp": Row("precision", "bf16", "fp16", precision_on_gpu, ((torch.bfloat16, False), (torch.float16, True))),
     "--no-amp": Row("precision", None, "", precision_on_gpu, ((torch.bfloat16, False), ("off", False))),
-    "--use-native-amp": Row("precision", None, "", precision_on_gpu, (
-        ("off", False), "--use-native-amp and --amp off disagree: keep one of them"), "--amp off"),
+    "--use-native-amp": Row(
+        "precision",
+        None,
+        "",
+        precision_on_gpu,
+        (("off", False), "--use-native-amp and --amp off disagree: keep one of them"),
+        "--amp off",
+    ),
     "--num_workers": Row("loader", "0", "2", loaders, ([(0, True)] * 3, [(2, True)] * 3), TINY),
-    "--pin-mem": Row("loader", None, "", loaders, ([(0, False)] * 3, [(0, True)] * 3),
-                     TINY + " --no-pin-mem"),
+    "--pin-mem": Row("loader", None, "", loaders, ([(0, False)] * 3, [(0, True)] * 3), TINY + " --no-pin-mem"),
     "--no-pin-mem": Row("loader", None, "", loaders, ([(0, True)] * 3, [(0, False)] * 3), TINY),
     # process group
-    "--world_size": Row("process group", "1", "3", joined(2), (
-        [("gloo", "env://", 2)],
-        "--world_size 3, but the launcher started 2: use torchrun --nproc_per_node."), "--device cpu"),
-    "--dist_url": Row("process group", "env://", "tcp://host:1", joined(2), (
-        [("gloo", "env://", 2)], [("gloo", "tcp://host:1", 2)]), "--device cpu"),
-    "--use_submitit": Row("process group", "false", "true", joined(), (
-        "cpu", "--use_submitit true needs Slurm's environment: start with run_with_submitit.py, "
-        "or pass false."), "--device cpu"),
+    "--world_size": Row(
+        "process group",
+        "1",
+        "3",
+        joined(2),
+        ([("gloo", "env://", 2)], "--world_size 3, but the launcher started 2: use torchrun --nproc_per_node."),
+        "--device cpu",
+    ),
+    "--dist_url": Row(
+        "process group",
+        "env://",
+        "tcp://host:1",
+        joined(2),
+        ([("gloo", "env://", 2)], [("gloo", "tcp://host:1", 2)]),
+        "--device cpu",
+    ),
+    "--use_submitit": Row(
+        "process group",
+        "false",
+        "true",
+        joined(),
+        ("cpu", "--use_submitit true needs Slurm's environment: start with run_with_submitit.py, or pass false."),
+        "--device cpu",
+    ),
 }
 
 # Second effects, and the values that are refused.
 MORE = [
-    *[("--data-set", unbuilt("--data-set", name, "IMNET")) for name in (
-        "CIFAR10", "CIFAR100", "INAT", "INAT19", "SEMI-INAT", "SEMI-PLACES205", "5PER-SEMI-PLACES205",
-        "1PER-SEMI-PLACES205")],
-    ("--resume", Row("error", "a.pth", "https://host/a.pth", not_built, (
-        None, "--resume https://host/a.pth is not built yet: download it and pass its path"))),
-    ("--resume", Row("printed line", [""], "CHECKPOINT", lambda args: "Nothing left to train" in main(args),
-                     (False, True), TINY)),
-    ("--model", Row("error", "deit_tiny_patch16_224", "Semiformer_smal_patch16", buildable, (
-        "built", "Unknown --model 'Semiformer_smal_patch16': did you mean Semiformer_small_patch16, "
-        "Semiformer_PE_small_patch16, Conformer_small_patch16?"))),
-    ("--drop-block", Row("error", None, "0.1", buildable, (
-        "built", "--drop-block does not apply to the two-stream network Semiformer_micro_patch16: "
-        "leave it out."), TWO)),
-    ("--remove-fcu", Row("error", None, "", buildable, (
-        "built", "--remove-fcu removes the fusion of a two-stream network, and resnet18 has none."),
-        "--model resnet18")),
+    *[
+        ("--data-set", unbuilt("--data-set", name, "IMNET"))
+        for name in (
+            "CIFAR10",
+            "CIFAR100",
+            "INAT",
+            "INAT19",
+            "SEMI-INAT",
+            "SEMI-PLACES205",
+            "5PER-SEMI-PLACES205",
+            "1PER-SEMI-PLACES205",
+        )
+    ],
+    (
+        "--resume",
+        Row(
+            "error",
+            "a.pth",
+            "https://host/a.pth",
+            not_built,
+            (None, "--resume https://host/a.pth is not built yet: download it and pass its path"),
+        ),
+    ),
+    (
+        "--resume",
+        Row(
+            "printed line", [""], "CHECKPOINT", lambda args: "Nothing left to train" in main(args), (False, True), TINY
+        ),
+    ),
+    (
+        "--model",
+        Row(
+            "error",
+            "deit_tiny_patch16_224",
+            "Semiformer_smal_patch16",
+            buildable,
+            (
+                "built",
+                "Unknown --model 'Semiformer_smal_patch16': did you mean Semiformer_small_patch16, "
+                "Semiformer_PE_small_patch16, Semiformer_micro_patch16?",
+            ),
+        ),
+    ),
+    (
+        "--drop-block",
+        Row(
+            "error",
+            None,
+            "0.1",
+            buildable,
+            ("built", "--drop-block does not apply to the two-stream network Semiformer_micro_patch16: leave it out."),
+            TWO,
+        ),
+    ),
+    (
+        "--remove-fcu",
+        Row(
+            "error",
+            None,
+            "",
+            buildable,
+            ("built", "--remove-fcu removes the fusion of a two-stream network, and resnet18 has none."),
+            "--model resnet18",
+        ),
+    ),
     ("--drop", Row("network", "0", "0.3", network(lambda m: m.drop_rate), (0, 0.3), "--model resnet18")),
-    ("--output_dir", Row("printed line", [""], "OUT", described("nothing of this run is saved"), (
-        "No --output_dir: nothing of this run is saved.", None), TINY)),
-    ("--semi-start-epoch", Row("file", "0", "1", lambda args: "epoch_0_checkpoint.pth" in files(args),
-                               (False, True), SAVED + " --epochs 2")),
-    ("--consistency-start-epoch", Row("file", "-1", "1", lambda args: "epoch_0_checkpoint.pth" in files(args),
-                                      (False, True), SAVED + " --epochs 2 --dual-consistency")),
-    ("--lr", Row("file", "0.1", "0.2", log(lambda line: line["train_lr"]), ([0.1], [0.2]),
-                 SAVED + " --warmup-epochs 0")),
-    ("--sched", Row("file", "cosine", "plateau", log(lambda line: round(line["train_lr"], 6)),
-                    ([0.1, 0.1, 0.075002], [0.1, 0.1, 0.1]),
-                    SAVED + " --epochs 3 --warmup-epochs 0 --lr 0.1")),
-    ("--opt", Row("parameter group", "sgd", "momentum", optimizer(lambda o: o.defaults["nesterov"]),
-                  (True, False))),
+    (
+        "--output_dir",
+        Row(
+            "printed line",
+            [""],
+            "OUT",
+            described("nothing of this run is saved"),
+            ("No --output_dir: nothing of this run is saved.", None),
+            TINY,
+        ),
+    ),
+    (
+        "--semi-start-epoch",
+        Row(
+            "file", "0", "1", lambda args: "epoch_0_checkpoint.pth" in files(args), (False, True), SAVED + " --epochs 2"
+        ),
+    ),
+    (
+        "--consistency-start-epoch",
+        Row(
+            "file",
+            "-1",
+            "1",
+            lambda args: "epoch_0_checkpoint.pth" in files(args),
+            (False, True),
+            SAVED + " --epochs 2 --dual-consistency",
+        ),
+    ),
+    (
+        "--lr",
+        Row("file", "0.1", "0.2", log(lambda line: line["train_lr"]), ([0.1], [0.2]), SAVED + " --warmup-epochs 0"),
+    ),
+    (
+        "--sched",
+        Row(
+            "file",
+            "cosine",
+            "plateau",
+            log(lambda line: round(line["train_lr"], 6)),
+            ([0.1, 0.1, 0.075002], [0.1, 0.1, 0.1]),
+            SAVED + " --epochs 3 --warmup-epochs 0 --lr 0.1",
+        ),
+    ),
+    ("--opt", Row("parameter group", "sgd", "momentum", optimizer(lambda o: o.defaults["nesterov"]), (True, False))),
     ("--batch-size", Row("loader", "4", "6", evaluation_batch, (12, 18), TINY)),
-    ("--seed", Row("transform", "0", "1", first_image, None, TINY)),
-    ("--start_epoch", Row("schedule", "0", "2", first_rate, (0, 0.5),
-                          TINY + " --epochs 4 --lr 1 --warmup-lr 0 --warmup-epochs 2")),
-    ("--aa", Row("error", "rand-m9", "nonsense", refusal(transform("RandAugment", lambda t: "built")), (
-        "built", "timm does not know the --aa policy 'nonsense' (AssertionError('Unknown AA policy nonsense'))."))),
+    ("--seed", Row("transform", "0", "1", augmented_image, None, TINY)),
+    ("--seed", Row("network", "0", "1", initial_weight, None, TINY + " --start_epoch 1")),
+    ("--seed", Row("schedule", "0", "1", rates, None, NOISE)),
+    (
+        "--start_epoch",
+        Row("schedule", "0", "2", first_rate, (0, 0.5), TINY + " --epochs 4 --lr 1 --warmup-lr 0 --warmup-epochs 2"),
+    ),
+    ("--aa", Row("error", "rand-m9", "nonsense", refusal(transform("RandAugment", lambda t: "built")), None)),
     ("--cutmix", Row("mixing", "0", "1", mixed, None, "--mixup 0")),
     ("--cutmix-minmax", Row("mixing", None, "0.4 0.6", mixed, None, "--mixup 0 --cutmix 0")),
     ("--mixup-mode", Row("mixing", "batch", "pair", mixed, None, "--mixup-switch-prob 0")),
     ("--anchor-type", Row("loss part", "weak", "strong", consistency_of, (0.025, 0.075))),
-    ("--consistency-lambda", Row("file", "0", "9", log(lambda line: line["train_loss"]), None,
-                                 SAVED + " --dual-consistency")),
+    (
+        "--consistency-lambda",
+        Row("file", "0", "9", log(lambda line: line["train_loss"]), None, SAVED + " --dual-consistency"),
+    ),
 ]
 
 
@@ -651,7 +861,7 @@ def test_flag_changes_what_the_table_says(flag, places):
 
 
 @pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated:FutureWarning")
-@pytest.mark.parametrize("flag, row", MORE, ids=[f"{flag} {row.b}" for flag, row in MORE])
+@pytest.mark.parametrize("flag, row", MORE, ids=[f"{flag}: {row.what}" for flag, row in MORE])
 def test_flag_changes_this_too(flag, row, places):
     check_row(flag, row, places)
 

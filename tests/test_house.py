@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TOOLS = ("script", "tools", "data_splits", "docs")  # programs of their own: nobody imports them, and they may print
+# Programs of their own: nobody imports them, and they may print.
+TOOLS = ("script", "tools", "data_splits", "docs")
 ALL = None
 ARROWS = {
     "run_with_submitit": {"semi_main"},

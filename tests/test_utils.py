@@ -122,8 +122,10 @@ def test_ranks_are_merged_by_their_counts(monkeypatch):
 # -------------------------------------------------------------------------------- progress
 
 
-@pytest.mark.parametrize("total, every, printed", [
-    (25, 10, [1, 11, 21, 25]), (21, 10, [1, 11, 21]), (1, 10, [1]), (4, 1, [1, 2, 3, 4]), (3, 50, [1, 3])])
+@pytest.mark.parametrize(
+    "total, every, printed",
+    [(25, 10, [1, 11, 21, 25]), (21, 10, [1, 11, 21]), (1, 10, [1]), (4, 1, [1, 2, 3, 4]), (3, 50, [1, 3])],
+)
 def test_progress_prints_the_first_each_every_and_the_last(capsys, total, every, printed):
     asked, seen = [], []
 
