@@ -1,11 +1,17 @@
 """What survives: the training state, its saving and its loading, mirror images of each other."""
 
 import argparse
+import hashlib
 import os
 import pathlib
 import pickle
+import shutil
+import urllib.request
+import uuid
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
@@ -13,6 +19,8 @@ from utils import say
 
 # What a published file may hold beside tensors and plain containers. None of these runs code when unpickled.
 SAFE_CLASSES = [argparse.Namespace, pathlib.Path, pathlib.PosixPath, pathlib.PurePosixPath]
+
+HEADS = {"head", "head_dist", "fc", "classifier", "conv_cls_head", "trans_cls_head"}
 
 
 @dataclass
@@ -93,11 +101,47 @@ def save(content, path):
     os.replace(temporary, path)
 
 
-def read(path):
-    """Read a checkpoint file onto the CPU without running anything pickled in it.
+def fetch(path_or_url):
+    """The local path of a checkpoint; one at an http(s) URL is downloaded, once, into torch.hub's checkpoints.
 
-    Raises FileNotFoundError or ValueError naming the file: not there, damaged, or holding foreign classes.
+    Several processes may do so at once: each renames a whole file of its own into place.
+    Raises OSError naming the URL where the download fails or breaks off.
     """
+    url = str(path_or_url)
+    if not url.startswith(("http://", "https://")):
+        return path_or_url
+    # The file name alone would not do: most are called checkpoint.pth.
+    name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{os.path.basename(urlsplit(url).path)}"
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
+    if os.path.isfile(path):
+        say(f"{url} is already in {path}.")
+        return path
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex}"
+    say(f"Downloading {url} to {path}.")
+    try:
+        # Not torch.hub.download_url_to_file, which takes a connection cut half-way for the end of the file.
+        request = urllib.request.Request(url, headers={"User-Agent": "torch.hub"})
+        with urllib.request.urlopen(request, timeout=60) as answer, open(temporary, "wb") as file:
+            shutil.copyfileobj(answer, file)
+            length = int(answer.headers.get("Content-Length", file.tell()))
+            if file.tell() != length:
+                raise ConnectionError(f"{file.tell()} of {length} bytes came")
+        os.replace(temporary, path)
+    except (OSError, ValueError, HTTPException) as error:
+        raise OSError(f"Cannot download {url} ({error}): download it by hand and pass its path.") from error
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+    return path
+
+
+def read(path):
+    """Read a checkpoint, a path or URL, onto the CPU without running anything pickled in it.
+
+    Raises OSError or ValueError naming the file: not there, damaged, or holding foreign classes.
+    """
+    path = fetch(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no checkpoint {path}.")
     try:
@@ -121,6 +165,11 @@ def weights_in(content, path):
     return weights
 
 
+def is_head(key):
+    """Whether the tensor of this name belongs to a classification head, ours or one of timm's."""
+    return not HEADS.isdisjoint(key.split("."))
+
+
 def load_weights(model, weights, path):
     """Load a state dict that must fit exactly; ValueError says how it does not: classes, keys, shapes."""
     own = model.state_dict()
@@ -134,10 +183,9 @@ def load_weights(model, weights, path):
     other = {
         key: (tuple(weights[key].shape), tuple(own[key].shape)) for key in own if weights[key].shape != own[key].shape
     }
-    classes = {(there[0], here[0]) for there, here in other.values() if here and there[1:] == here[1:]}
-    if other and len(classes) == 1 and all(there[1:] == here[1:] for there, here in other.values()):
-        there, here = classes.pop()
-        raise ValueError(f"The head in {path} has {there} classes, but the data has {here} class folders.")
+    if other and all(is_head(key) for key in other):
+        there, here = next(iter(other.values()))
+        raise ValueError(f"The head in {path} has {there[0]} classes, but the data has {here[0]} class folders.")
     if other:
         key, (there, here) = next(iter(other.items()))
         raise ValueError(

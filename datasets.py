@@ -1,60 +1,16 @@
-"""Which images there are and their classes: Samples (what is on disk), Views (what a loader reads), the readers."""
+"""Which images a run sees: Views, what a loader reads, and the sets that the flags ask for."""
 
-import os
+import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-from timm.utils.misc import natural_key
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from transforms import eval_view, train_view, weak_view
-
-
-class FileSource:
-    """Image files below a root, their relative paths in two arrays that worker processes share without copying."""
-
-    def __init__(self, root, paths):
-        self.root = Path(root)
-        encoded = [os.fsencode(path) for path in paths]
-        self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
-        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-
-    def __len__(self):
-        return len(self._ends)
-
-    def path(self, i):
-        """Path of image i relative to the root, '/' between its parts."""
-        start = self._ends[i - 1] if i else 0
-        return os.fsdecode(self._bytes[start : self._ends[i]].tobytes())
-
-    def load(self, i):
-        """Image i as RGB. Raises OSError naming the file that cannot be read."""
-        path = self.root / self.path(i)
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
-            raise OSError(f"Cannot read the image {path}: {error}") from error
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Images and their classes.
-
-    Attributes:
-        source: answers `len` and `load(i) -> PIL.Image`.
-        targets: (len,) int64, -1 = unknown.
-        classes: names, in the order of the class indices.
-    """
-
-    source: FileSource
-    targets: np.ndarray
-    classes: tuple
-
-    def __len__(self):
-        return len(self.targets)
+from cifar import cifar
+from readers import image_csv, image_folder, image_list, inat, read_split, unlabelled_images
+from transforms import CIFAR, cifar_eval_view, cifar_strong_view, cifar_weak_view, eval_view, train_view, weak_view
 
 
 class Views:
@@ -76,132 +32,196 @@ class Views:
         return *(view(image) for view in self.transforms), int(self.samples.targets[index]), index
 
 
-def _images_below(root, name):
-    paths = []
-    for folder, folders, files in os.walk(root / name, followlinks=True):
-        folders[:] = (each for each in folders if not each.startswith("."))
-        shown = (file for file in files if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith("."))
-        images = (os.path.join(folder, file) for file in shown)
-        paths += (os.path.relpath(path, root).replace(os.sep, "/") for path in images)
-    return paths
+# -------------------------------------------------------------------------------- reading: (args, part) -> Samples
 
 
-def image_folder(root):
-    """Read a folder in ImageNet layout, `root/<class>/**/<image>`.
+def _own(args, part):
+    """A folder in ImageNet layout, or where there is none a CSV file."""
+    folder, table = Path(args.data_path, part), Path(args.data_path, f"{part}.csv")
+    if folder.is_dir() or not table.is_file():
+        return image_folder(folder)
+    more = [path for path in [Path(args.data_path, "unlabelled.csv")] if part == "train" and path.is_file()]
+    return image_csv(table, *more, complete=part == "val")
 
-    The class index is the rank of the folder's name in natural order (class2 before class10, as timm sorts);
-    images are sorted by path within their class, hidden files and folders are left out. Returns Samples.
-    Raises FileNotFoundError or ValueError naming a missing folder, one without classes, an empty class.
+
+def _cifar(args, part):
+    return cifar(args.data_path, args.data_set, part)
+
+
+def _inat(year, args, part):
+    return inat(args.data_path, part, year, args.inat_category)
+
+
+def _of_lists(paths, root, flag, part):
+    """The images of a list. Classes are counted in train and val; evaluation may have val alone, and counts that."""
+    counted = {"train": "val", "val": "train"}.get(part)
+    others = [paths[counted]] if counted and paths[counted].is_file() else []
+    return image_list(paths[part], root, flag, *others, labelled=part != "unlabelled")
+
+
+def _semi_inat(args, part):
+    lists = Path(args.data_path, "semi_list")
+    paths = {"train": "semi-train.txt", "unlabelled": "semi-unlabel.txt", "val": "semi-val.txt"}
+    root = Path(args.data_path, "data")
+    return _of_lists({part: lists / name for part, name in paths.items()}, root, "--data-path", part)
+
+
+def _places(prefix, args, part):
+    if args.split_folder == "None":
+        raise ValueError(f"--data-set {args.data_set} needs --split-folder, the folder of {prefix}semi_ltrain.txt.")
+    lists = Path(args.split_folder)
+    paths = {"train": f"{prefix}semi_ltrain.txt", "unlabelled": f"{prefix}semi_utrain.txt", "val": "semi_val.txt"}
+    return _of_lists({part: lists / name for part, name in paths.items()}, args.data_path, "--split-folder", part)
+
+
+# -------------------------------------------------------------------------------- labelling: (args, samples) -> indices
+
+
+def _all_with_a_class(args, samples):
+    return np.flatnonzero(samples.targets >= 0)
+
+
+def _listed_or_drawn(args, samples):
+    """The images of the split file, or with --select-ratio below 1 a sample; with neither, all that have a class."""
+    candidates = _all_with_a_class(args, samples)
+    if args.select_ratio < 1:
+        # released code: this seed, whatever --seed is, and the split file is not read.
+        drawn = random.Random(2021).sample(range(len(candidates)), int(args.select_ratio * len(candidates)))
+        return candidates[sorted(drawn)]
+    if args.data_split_file == "None":
+        return candidates
+    listed = read_split(args.data_split_file, samples)
+    if (without := listed[samples.targets[listed] < 0]).size:
+        path = samples.source.path(without[0])
+        raise ValueError(f"{args.data_split_file} lists {path!r}, which has no label in {args.data_path}/train.csv.")
+    return listed
+
+
+def _first_of_each_class(args, samples):
+    """The first int(--select-ratio * size) images of each class, in file order."""
+    counts = np.bincount(samples.targets, minlength=len(samples.classes))
+    places = (np.flatnonzero(samples.targets == i)[: int(args.select_ratio * n)] for i, n in enumerate(counts))
+    return np.sort(np.concatenate(list(places)))
+
+
+# -------------------------------------------------------------------------------- the table
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One value of --data-set.
+
+    Attributes:
+        read: (args, part) -> Samples; part is 'train', 'val' or, with `listed`, 'unlabelled'.
+        label: (args, train Samples) -> indices of the labelled images, (n,) int64.
+        flags: the flags of `_OFF` that mean something here.
+        listed: whether the unlabelled images have a list of their own; else they are the train images.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f"There is no folder {root}: --data-path must hold train/ and val/, a folder a class in each."
-        )
-    classes = sorted(
-        (e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".")),
-        key=lambda name: (natural_key(name), name),
-    )
-    if not classes:
-        raise ValueError(f"{root} holds no class folders: its images must lie in {root}/<class>/.")
-    paths, targets = [], []
-    for target, name in enumerate(classes):
-        files = _images_below(root, name)
-        if not files:
-            raise ValueError(f"The class folder {root / name} holds no image: fill it or remove it.")
-        paths += sorted(files)
-        targets += [target] * len(files)
-    return Samples(FileSource(root, paths), np.array(targets, dtype=np.int64), tuple(classes))
+
+    read: Callable
+    label: Callable = _all_with_a_class
+    flags: tuple = ()
+    listed: bool = False
 
 
-def _entries(path):
-    """(line number, image) of each line `image[,shard,index in shard]` of a split file."""
-    try:
-        # Not splitlines, which cuts at characters that a file name may hold; -sig: a Windows editor's first bytes.
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"There is no split file {path} (--data-split-file).") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"The split file {path} is not UTF-8 text ({error}).") from error
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            head, *columns = line.strip().rsplit(",", 2)
-            # The columns are a shard and a place in it, not labels; a list of names only has none.
-            plain = len(columns) == 2 and all(column.strip().isdigit() for column in columns)
-            yield number, head.strip() if plain else line.strip()
+_OFF = {  # flag: the value that asks for nothing
+    "--data-split-file": "None",
+    "--split-folder": "None",
+    "--select-ratio": 1.0,
+    "--inat-category": "name",
+    "--unlabelled-path": "",
+}
+_CIFAR_ROW = DataSet(_cifar, _first_of_each_class, ("--select-ratio", "--unlabelled-path"))
+_PLACES_FLAGS = ("--split-folder", "--unlabelled-path")
+DATA_SETS = {
+    # released code: IMNET does not read the split file, and scripts pass it all the same.
+    "IMNET": DataSet(_own, flags=("--data-split-file",)),
+    "SEMI-IMNET": DataSet(_own, _listed_or_drawn, ("--data-split-file", "--select-ratio", "--unlabelled-path")),
+    "CIFAR10": _CIFAR_ROW,
+    "CIFAR100": _CIFAR_ROW,
+    "INAT": DataSet(partial(_inat, 2018), flags=("--inat-category",)),
+    "INAT19": DataSet(partial(_inat, 2019), flags=("--inat-category",)),
+    "SEMI-INAT": DataSet(_semi_inat, flags=("--unlabelled-path",), listed=True),
+    "SEMI-PLACES205": DataSet(partial(_places, ""), flags=_PLACES_FLAGS, listed=True),
+    "5PER-SEMI-PLACES205": DataSet(partial(_places, "5per_"), flags=_PLACES_FLAGS, listed=True),
+    "1PER-SEMI-PLACES205": DataSet(partial(_places, "1per_"), flags=_PLACES_FLAGS, listed=True),
+}
 
 
-def read_split(path, samples):
-    """Indices into `samples` of the images a split file lists, in the file's order; (n,) int64.
-
-    An entry is a file name, or a path relative to `train/` if it has a '/'. Raises FileNotFoundError or
-    ValueError naming file, line and entry: not found, found in two classes, leaving the folder, listed twice.
-    """
-    by_path, by_name = {}, {}
-    for i in range(len(samples)):
-        relative = samples.source.path(i)
-        by_path[relative] = i
-        name = relative.rsplit("/", 1)[-1]
-        by_name[name] = -1 if name in by_name else i
-    found = {}
-    for number, entry in _entries(path):
-        where = f"{path}, line {number}: {entry!r}"
-        if entry.startswith("/") or ".." in entry.split("/"):
-            raise ValueError(f"{where} leaves the data folder: use a file name or a path relative to train/.")
-        index = (by_path if "/" in entry else by_name).get(entry)
-        if index is None:
-            raise ValueError(f"{where} is not among the {len(samples)} images of {samples.source.root}.")
-        if index < 0:
-            raise ValueError(f"{where} is the name of several images: list them by their paths relative to train/.")
-        if index in found:
-            raise ValueError(f"{where} was listed before, in line {found[index]}: remove one of the two.")
-        found[index] = number
-    if not found:
-        raise ValueError(f"The split file {path} lists no image.")
-    return np.fromiter(found, dtype=np.int64)
+def _check_flags(args, data_set):
+    for flag, off in _OFF.items():
+        value = getattr(args, flag.strip("-").replace("-", "_"))
+        if value != off and flag not in data_set.flags:
+            raise ValueError(f"{flag} {value} means nothing to --data-set {args.data_set}: leave it out.")
 
 
 def _views(args):
+    """The labelled, the strong and the weak view of the flags; CIFAR's have no flag but --input-size."""
+    if args.data_set in CIFAR:
+        weak = cifar_weak_view(args.input_size, CIFAR[args.data_set])
+        return weak, cifar_strong_view(args.input_size, CIFAR[args.data_set]), weak
     strong = train_view(
         args.input_size, args.aa, args.color_jitter, args.train_interpolation, args.reprob, args.remode, args.recount
     )
-    return strong, weak_view(args.input_size)
+    return strong, strong, weak_view(args.input_size)
+
+
+def _unlabelled(args, data_set, samples, labelled):
+    """The unlabelled Samples and the indices of those to use."""
+    if args.unlabelled_path:
+        pool = unlabelled_images(args.unlabelled_path)
+    else:
+        pool = data_set.read(args, "unlabelled") if data_set.listed else samples
+    if not args.unlabelDataset_exclude_labeledData:
+        return pool, np.arange(len(pool))
+    known = {samples.source.identity(i) for i in labelled}
+    others = [i for i in range(len(pool)) if pool.source.identity(i) not in known]
+    if not others:
+        raise ValueError(
+            f"--unlabelDataset_exclude_labeledData leaves no unlabelled image: all {len(pool)} are labelled; "
+            "leave it out, label fewer, or pass --supervise-only."
+        )
+    return pool, np.array(others)
 
 
 def build_training_sets(args, semi_supervised):
     """The labelled and, if `semi_supervised`, the unlabelled set of the flags: Views, and Views or None.
 
-    The unlabelled set is the whole train folder, or what the split file leaves of it with
-    `--unlabelDataset_exclude_labeledData`, in the folder's order on every rank.
+    The unlabelled set is, in its order on disk on every rank: the images of --unlabelled-path, or the data set's own
+    list, or all train images, labelled ones included but for `--unlabelDataset_exclude_labeledData`. Raises
+    FileNotFoundError or ValueError naming file and flag: what is missing or wrong on disk, a flag without meaning
+    for the data set, no labelled or no unlabelled image.
     """
-    samples = image_folder(Path(args.data_path, "train"))
-    strong, weak = _views(args)
-    labelled = everything = np.arange(len(samples))
-    if args.data_set != "IMNET" and args.data_split_file != "None":
-        labelled = read_split(args.data_split_file, samples)
-    labelled_views = Views(samples, labelled, strong)
+    data_set = DATA_SETS[args.data_set]
+    _check_flags(args, data_set)
+    samples = data_set.read(args, "train")
+    indices = data_set.label(args, samples)
+    if not len(indices):
+        raise ValueError(f"--select-ratio {args.select_ratio} labels none of {len(samples)} train images: raise it.")
+    labelled, *both = _views(args)
+    labelled_views = Views(samples, indices, labelled)
     if not semi_supervised:
         return labelled_views, None
-    unlabelled = np.setdiff1d(everything, labelled) if args.unlabelDataset_exclude_labeledData else everything
-    if not len(unlabelled):
-        raise ValueError(
-            "--unlabelDataset_exclude_labeledData leaves no unlabelled image: every image of "
-            f"{samples.source.root} is labelled (--data-split-file {args.data_split_file})."
-        )
-    return labelled_views, Views(samples, unlabelled, strong, weak)
+    pool, others = _unlabelled(args, data_set, samples, indices)
+    return labelled_views, Views(pool, others, *both)
 
 
 def build_validation_set(args, classes=None):
-    """The evaluation set, `val/` of the data path. Raises ValueError listing the classes only one of the two has.
+    """The evaluation set, as `val/` of the data path. Raises ValueError listing the classes only one of the two has.
+
+    It needs the validation part on disk and nothing else, but for INAT and INAT19, whose train JSON has the order
+    of the classes.
 
     Args:
-        classes: names of the train classes, or None to take those of `val/` as they are (`--eval`).
+        classes: names of the train classes, or None to take those of the validation part as they are (`--eval`).
     """
-    samples = image_folder(Path(args.data_path, "val"))
+    samples = DATA_SETS[args.data_set].read(args, "val")
     if classes is not None and samples.classes != tuple(classes):
         missing, extra = sorted(set(classes) - set(samples.classes)), sorted(set(samples.classes) - set(classes))
         raise ValueError(
-            f"The class folders of train/ and val/ in {args.data_path} differ: "
+            f"The classes of train/ and val/ in {args.data_path} differ: "
             f"val/ lacks {missing[:10]}, train/ lacks {extra[:10]}."
         )
-    return Views(samples, np.arange(len(samples)), eval_view(args.input_size))
+    size = args.input_size
+    view = cifar_eval_view(size, CIFAR[args.data_set]) if args.data_set in CIFAR else eval_view(size)
+    return Views(samples, np.arange(len(samples)), view)

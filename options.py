@@ -81,7 +81,8 @@ def _network_flags(parser):
 def _data_flags(parser):
     add = _group(parser, "data")
     add("--data-path", default="/datasets01_101/imagenet_full_size/061417/", type=str,
-        help="root folder of the data set")
+        help="root folder of the data set; of your own images, train/ and val/ with a folder a class in each, or "
+             "train.csv and val.csv of rows path,label")
     add("--data-set", default="IMNET", type=str,
         choices=["CIFAR100", "CIFAR10", "IMNET", "SEMI-IMNET", "INAT", "INAT19", "SEMI-INAT",
                  "SEMI-PLACES205", "5PER-SEMI-PLACES205", "1PER-SEMI-PLACES205"],
@@ -94,8 +95,11 @@ def _data_flags(parser):
     add("--split-folder", default=NONE, type=str, help="folder of the lists of labelled, unlabelled and "
         "validation images of Places205")
     add("--select-ratio", default=1.0, type=float,
-        help="share of the training images that are labelled, above 0 and at most 1; below 1 it overrides "
-             "--data-split-file")
+        help="share of the training images of SEMI-IMNET and CIFAR that are labelled, above 0 and at most 1; "
+             "below 1 it overrides --data-split-file")
+    add("--unlabelled-path", default="", type=str, metavar="FOLDER_OR_CSV",
+        help="images without classes, all below a folder or listed in a CSV file with paths relative to it: "
+             "they are then the unlabelled set, instead of train/; empty: off")
     add("--unlabelDataset_exclude_labeledData", action="store_true",
         help="leave the labelled images out of the unlabelled set")
 
@@ -228,7 +232,8 @@ def _checkpoint_flags(parser):
     add("--output_dir", default="", help="folder of checkpoints and log.txt; empty: nothing is saved")
     add("--resume", default="", help="checkpoint to go on from, a path or an https URL; empty: a fresh start")
     add("--finetune", default="",
-        help="checkpoint whose weights to start from; a head of another shape is left out; empty: none")
+        help="checkpoint whose weights to start from, a path or an https URL; a head of another shape is left "
+             "out, a position embedding resized; empty: none")
     for name, what in (("dino", "the transformer stream's weights from a bare ViT state dict"),
                        ("semiformer", "everything but the heads from a checkpoint of the same network"),
                        ("resnet", "everything but the last layer from a ResNet checkpoint"),
@@ -354,30 +359,6 @@ def _check_mixup(args):
     if (args.semi_start_epoch > 0 or not semi_supervised(args)) and args.batch_size % 2:
         raise ValueError(f"{rule}: --batch-size {args.batch_size} is odd and all of it is labelled in the "
                          f"supervised phase; {remedy}")
-
-
-_BUILT = {  # the values that work today
-    "--data-set": ("IMNET", "SEMI-IMNET"),
-    "--inat-category": ("name",),
-    "--select-ratio": (1.0,),
-    "--split-folder": (NONE,),
-    "--finetune": ("",),
-    "--dino-load": (False,), "--dino-load-file": (NONE,),
-    "--semiformer-load": (False,), "--semiformer-load-file": (NONE,),
-    "--resnet-load": (False,), "--resnet-load-file": (NONE,),
-    "--warmup-model-load": (False,), "--warmup-model-load-file": (NONE,),
-}
-
-
-def not_built(args):
-    """Answer what is published and missing here, so far, with a NotImplementedError."""
-    for flag, built in _BUILT.items():
-        value = _value(args, flag)
-        if value not in built:
-            asked = flag if value is True else f"{flag} {value}"
-            raise NotImplementedError(f"{asked} is not built yet")
-    if args.resume.startswith("http"):
-        raise NotImplementedError(f"--resume {args.resume} is not built yet: download it and pass its path")
 
 
 def _value(args, flag):

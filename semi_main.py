@@ -33,6 +33,7 @@ from losses import Recipe
 from models import build_model
 from options import get_args_parser
 from samplers import training_order
+from starts import apply_starts, start_files
 from utils import say
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
@@ -198,6 +199,7 @@ class Run:
 
     def _load(self):
         args, state = self.args, self.state
+        apply_starts(args, state.model)
         if args.resume:
             state.ema = self._average() if args.model_ema else None
             state.from_dict(checkpoint.read(args.resume), args.resume)
@@ -354,9 +356,9 @@ def train(args, device):
 
 
 def main(args):
-    """Run what the flags ask for. Raises ValueError, FileNotFoundError or NotImplementedError for bad input."""
+    """Run what the flags ask for. Raises ValueError or OSError for bad input."""
     options.check(args)
-    options.not_built(args)
+    start_files(args)  # Refuses a flag without its file before any data is read.
     device = utils.init_distributed(args.device, args.dist_url, args.world_size, args.use_submitit)
     if args.output_dir:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -375,7 +377,7 @@ if __name__ == "__main__":
     arguments = argparse.ArgumentParser("semi_main.py", parents=[get_args_parser()]).parse_args()
     try:
         main(arguments)
-    except (ValueError, OSError, NotImplementedError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if not _is_ours(error):
             raise
         sys.exit(f"semi_main.py: error: {error}")

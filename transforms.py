@@ -1,6 +1,7 @@
 """What is done to an image before the network sees it: labelled, strong, weak and evaluation views.
 
-Each is a function PIL.Image (RGB) -> float tensor (3, size, size), normalised with ImageNet's mean and std.
+Each is a function PIL.Image (RGB) -> float tensor (3, size, size), normalised with ImageNet's mean and std, CIFAR's
+with its own.
 """
 
 from PIL import Image
@@ -8,7 +9,14 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from timm.data import auto_augment as timm_augment
 from torchvision import transforms
 
+from randaugment import rand_augment
+
 BICUBIC = transforms.InterpolationMode.BICUBIC
+IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+CIFAR = {  # data set: mean and std of its colours, 0 to 1
+    "CIFAR10": ((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)),
+    "CIFAR100": ((129.3 / 255, 124.1 / 255, 112.4 / 255), (68.2 / 255, 65.4 / 255, 70.4 / 255)),
+}
 
 
 def _posterize(image, bits_to_keep, **_):
@@ -32,8 +40,15 @@ def resized_side(size):
     return int(256 / 224 * size)
 
 
-def _to_tensor():
-    return [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+def _to_tensor(colours=IMAGENET):
+    return [transforms.ToTensor(), transforms.Normalize(*colours)]
+
+
+def _resize_and_crop(size, padding_mode):
+    return [
+        transforms.Resize(resized_side(size), interpolation=BICUBIC),
+        transforms.RandomCrop(size, padding=4, padding_mode=padding_mode),
+    ]
 
 
 def train_view(
@@ -72,14 +87,7 @@ def train_view(
 
 def weak_view(size):
     """The weak view: flip, resize of the shorter side, random crop with 4 pixels of reflection padding."""
-    return transforms.Compose(
-        [
-            transforms.RandomHorizontalFlip(),
-            transforms.Resize(resized_side(size), interpolation=BICUBIC),
-            transforms.RandomCrop(size, padding=4, padding_mode="reflect"),
-            *_to_tensor(),
-        ]
-    )
+    return transforms.Compose([transforms.RandomHorizontalFlip(), *_resize_and_crop(size, "reflect"), *_to_tensor()])
 
 
 def _same_size(size):
@@ -101,3 +109,21 @@ def eval_view(size):
     return transforms.Compose(
         [transforms.Resize(resized_side(size), interpolation=BICUBIC), transforms.CenterCrop(size), *_to_tensor()]
     )
+
+
+def cifar_weak_view(size, colours):
+    """CIFAR's labelled and weak view: flip, resize, random crop with 4 pixels of zeros around; colours: of CIFAR."""
+    crop = _resize_and_crop(size, "constant")
+    return transforms.Compose([transforms.RandomHorizontalFlip(), *crop, *_to_tensor(colours)])
+
+
+def cifar_strong_view(size, colours):
+    """CIFAR's strong view: flip, FixMatch's RandAugment on the 32 px image, then resize and crop as the weak one."""
+    crop = _resize_and_crop(size, "constant")
+    augment = transforms.Lambda(rand_augment)
+    return transforms.Compose([transforms.RandomHorizontalFlip(), augment, *crop, *_to_tensor(colours)])
+
+
+def cifar_eval_view(size, colours):
+    """CIFAR's evaluation view: resize to the input size, no crop."""
+    return transforms.Compose([transforms.Resize((size, size), interpolation=BICUBIC), *_to_tensor(colours)])

@@ -23,14 +23,14 @@ import numpy as np
 from make_digits import write_digits
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS, EPOCHS = 50, 10
+STEPS, EPOCHS = 100, 8
 COMMON = f"""--device cpu --data-set SEMI-IMNET --model Semiformer_micro_patch16 --input-size 48 --epochs {EPOCHS}
-    --steps-per-epoch {STEPS} --evaluate-freq 2 --lr 6e-4 --warmup-epochs 0 --drop-path 0 --mixup 0 --cutmix 0
+    --steps-per-epoch {STEPS} --evaluate-freq 1 --lr 1e-3 --warmup-epochs 0 --drop-path 0 --mixup 0 --cutmix 0
     --no-repeated-aug --smoothing 0 --aa none --color-jitter 0 --reprob 0
     --model-ema-decay 0.99 --num_workers 1""".split()
 RUNS = {
     "supervised": "--supervise-only --batch-size 8".split(),
-    "semi": "--batch-size 32 --mu 0.25 --threshold 0.7 --semi-lambda 1".split(),
+    "semi": "--batch-size 32 --mu 0.25 --threshold 0.9 --semi-lambda 1".split(),
 }
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The 75.5 % run: Semiformer-S, 10 % of the labels, 600 epochs, 8 GPUs x 108 images. Hyper-parameters as published.
-# Usage: DATA_ROOT=/path/to/imagenet SPLIT=/path/to/10percent.txt OUTPUT=runs/semiformer_s \
+# Usage: DATA_ROOT=/path/to/imagenet SPLIT=lists/fixmatch10.txt OUTPUT=runs/semiformer_s \
 #            bash script/run_ddp_example.sh [flags of semi_main.py]
 # Flags you add come last and win. NGPU (default 8) sets the processes. Goes on from OUTPUT/checkpoint.pth if there is one.
 set -euo pipefail

@@ -4,6 +4,7 @@ import argparse
 import os
 import pathlib
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from checkpoint import TrainState
 
 def state_of(classes=3, seed=0, ema=True):
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, classes))
+    layers = {"body": nn.Linear(4, 5), "norm": nn.BatchNorm1d(5), "fc": nn.Linear(5, classes)}
+    model = nn.Sequential(OrderedDict(layers))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
     average = ModelEmaV3(model, decay=0.5) if ema else None
@@ -120,12 +122,12 @@ def test_other_networks_and_class_counts_are_named():
     model, weights = state_of(3).model, state_of(7).model.state_dict()
     with pytest.raises(ValueError, match="The head in a.pth has 7 classes, but the data has 3 class folders"):
         checkpoint.load_weights(model, weights, "a.pth")
-    with pytest.raises(ValueError, match=r"a.pth is of another network: it lacks 1 tensors of this one \['2.bias'\]"):
-        checkpoint.load_weights(model, {k: v for k, v in model.state_dict().items() if k != "2.bias"}, "a.pth")
+    with pytest.raises(ValueError, match=r"a.pth is of another network: it lacks 1 tensors of this one \['fc.bias'\]"):
+        checkpoint.load_weights(model, {k: v for k, v in model.state_dict().items() if k != "fc.bias"}, "a.pth")
     with pytest.raises(ValueError, match=r"and has 1 others \['x'\]"):
         checkpoint.load_weights(model, {**model.state_dict(), "x": torch.zeros(1)}, "a.pth")
-    wide = {**model.state_dict(), "0.weight": torch.zeros(5, 9)}
-    with pytest.raises(ValueError, match=r"0.weight is \(5, 9\) there, \(5, 4\) here"):
+    wide = {**model.state_dict(), "body.weight": torch.zeros(5, 9)}
+    with pytest.raises(ValueError, match=r"body.weight is \(5, 9\) there, \(5, 4\) here"):
         checkpoint.load_weights(model, wide, "a.pth")
     with pytest.raises(ValueError, match="a.pth holds no state dict"):
         checkpoint.weights_in({"epoch": 3}, "a.pth")

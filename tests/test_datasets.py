@@ -1,6 +1,7 @@
-"""Data sets: class order, any file name, split files and what is wrong with them, the sets of the flags."""
+"""The sets of the flags: what is labelled and what is not, in each data set and in one's own folders and files."""
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -9,42 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from trees import draw, make_cifar, make_inat, make_places, make_semi_inat, paths, tree
 
 import options
-from datasets import (
-    FileSource,
-    Samples,
-    Views,
-    build_training_sets,
-    build_validation_set,
-    image_folder,
-    read_split,
-)
+from datasets import DATA_SETS, Views, build_training_sets, build_validation_set
+from readers import Samples
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
-
-
-def draw(path, colour=(10, 20, 30), mode="RGB", size=(12, 10)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kind = "TIFF" if mode == "CMYK" and path.suffix.lower() == ".tif" else None
-    image = Image.new("RGB", size, colour)
-    (image.quantize(4) if mode == "P" else image.convert(mode)).save(path, kind)
-    return path
-
-
-def tree(root, classes):
-    """{class: file names} as one-colour JPEG files; the red value counts the files."""
-    count = 0
-    for name, files in classes.items():
-        for file in files:
-            draw(root / name / file, (count, 0, 0))
-            count += 1
-    return root
-
-
-def paths(samples):
-    return [samples.source.path(i) for i in range(len(samples))]
 
 
 def flags(*words):
@@ -58,218 +31,6 @@ def imagenet(tmp_path):
     tree(tmp_path / "train", names)
     tree(tmp_path / "val", {name: [f"val_{name}.JPEG"] for name in names})
     return tmp_path
-
-
-# -------------------------------------------------------------------------------- folders
-
-
-def test_classes_are_in_natural_order(tmp_path):
-    tree(tmp_path, {name: ["a.jpg"] for name in ("class10", "class2", "Class1", "class02", "other", "3")})
-    samples = image_folder(tmp_path)
-    assert samples.classes == ("3", "Class1", "class02", "class2", "class10", "other")
-    assert paths(samples) == [f"{name}/a.jpg" for name in samples.classes]
-    assert samples.targets.tolist() == [0, 1, 2, 3, 4, 5] and samples.targets.dtype == np.int64
-
-
-def test_synsets_are_in_plain_order(tmp_path):
-    names = ["n01440764", "n15075141", "n02123045", "n01443537", "n09193705"]
-    tree(tmp_path, {name: [f"{name}_1.JPEG", f"{name}_10.JPEG", f"{name}_2.JPEG"] for name in names})
-    samples = image_folder(tmp_path)
-    assert samples.classes == tuple(sorted(names))
-    assert paths(samples) == sorted(paths(samples))
-    assert samples.targets.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3
-    assert len(samples) == 15
-
-
-def test_any_file_name(tmp_path):
-    names = ["with space.jpg", "comma,1,2.jpg", "日本語 🐈.PNG", "UPPER.JPG", "dots.in.name.jpeg",
-             "n01440764_1.JPEG", "-dash.png", "a\u2028b.jpg", "quo'te\".png", "percent%20.png"]  # fmt: skip
-    for i, name in enumerate(sorted(names)):
-        draw(tmp_path / "a class, with ünïcode" / name, (20 * i, 0, 0))
-    samples = image_folder(tmp_path)
-    assert paths(samples) == sorted(f"a class, with ünïcode/{name}" for name in names)
-    for i in range(len(names)):
-        assert abs(samples.source.load(i).getpixel((3, 3))[0] - 20 * i) <= 3  # JPEG rounds
-
-
-def test_nested_folders_and_what_is_left_out(tmp_path):
-    for path in ("dog/b.jpg", "dog/2011/a.jpg", "dog/2011/deep/er/c.png", "cat/z.jpg", ".hidden/x.jpg",
-                 "dog/.cache/x.jpg", "dog/2011/.ipynb_checkpoints/a.jpg", "in_no_class.jpg"):  # fmt: skip
-        draw(tmp_path / path)
-    for path in ("dog/readme.txt", "dog/jpg", "cat/z.jpg.md5", "cat/movie.gif.bak", "labels.csv"):
-        (tmp_path / path).write_text("no image")
-    samples = image_folder(tmp_path)
-    assert samples.classes == ("cat", "dog")
-    assert paths(samples) == ["cat/z.jpg", "dog/2011/a.jpg", "dog/2011/deep/er/c.png", "dog/b.jpg"]
-    assert samples.targets.tolist() == [0, 1, 1, 1]
-
-
-def test_a_link_to_a_folder_is_followed(tmp_path):
-    draw(tmp_path / "elsewhere" / "a.jpg")
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "dog").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    assert paths(image_folder(tmp_path / "train")) == ["dog/a.jpg"]
-
-
-def test_wrong_folders_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"no folder {tmp_path}/train.*--data-path"):
-        image_folder(tmp_path / "train")
-    (tmp_path / "train" / ".git").mkdir(parents=True)
-    draw(tmp_path / "train" / "lonely.jpg")
-    with pytest.raises(ValueError, match="train holds no class folders"):
-        image_folder(tmp_path / "train")
-    draw(tmp_path / "train" / "dog" / "a.jpg")
-    (tmp_path / "train" / "cat").mkdir()
-    (tmp_path / "train" / "cat" / "notes.txt").write_text("")
-    with pytest.raises(ValueError, match="class folder .*train/cat holds no image"):
-        image_folder(tmp_path / "train")
-
-
-# -------------------------------------------------------------------------------- files
-
-
-def test_file_source_gives_back_its_paths(tmp_path):
-    names = ["b/one.jpg", "a/with space.png", "ü/日本.png", "x", "c/" + "long" * 60 + ".jpg"]
-    source = FileSource(tmp_path, names)
-    assert len(source) == 5
-    assert [source.path(i) for i in range(5)] == names
-    assert [source.path(np.int64(i)) for i in range(5)] == names
-    assert len(FileSource(tmp_path, [])) == 0
-
-
-def test_a_name_that_is_not_utf8(tmp_path):
-    name = os.fsdecode(b"caf\xe9.png")
-    try:
-        draw(tmp_path / "drinks" / "tea.png").rename(tmp_path / "drinks" / name)
-    except (OSError, UnicodeEncodeError):
-        pytest.skip("this file system wants UTF-8")
-    draw(tmp_path / "drinks" / "water.png", (0, 0, 99))
-    samples = image_folder(tmp_path)
-    encoded = sorted(os.fsencode(path) for path in paths(samples))
-    assert encoded == [b"drinks/caf\xe9.png", b"drinks/water.png"]
-    where = paths(samples).index(f"drinks/{name}")
-    assert samples.source.load(where).getpixel((0, 0)) == (10, 20, 30)
-    (tmp_path / "drinks" / name).write_bytes(b"broken")
-    with pytest.raises(OSError, match="Cannot read the image"):
-        samples.source.load(where)
-
-
-@pytest.mark.parametrize("mode, file, colour", [
-    ("L", "x.png", (18, 18, 18)), ("P", "x.png", (10, 20, 30)), ("RGBA", "x.png", (10, 20, 30)),
-    ("CMYK", "x.jpg", (10, 20, 30)), ("CMYK", "x.tif", (10, 20, 30)), ("L", "x.jpg", (18, 18, 18)),
-    ("1", "x.png", None), ("LA", "x.png", (18, 18, 18)), ("RGB", "x.webp", (10, 20, 30))])  # fmt: skip
-def test_every_kind_of_image_is_rgb(tmp_path, mode, file, colour):
-    path = draw(tmp_path / file, mode=mode)
-    assert file.endswith("webp") or Image.open(path).mode == mode
-    image = FileSource(tmp_path, [file]).load(0)
-    assert image.mode == "RGB" and image.size == (12, 10)
-    if colour:
-        assert np.abs(np.subtract(image.getpixel((3, 3)), colour)).max() <= (0 if file.endswith("png") else 4)
-
-
-def _truncated(path):
-    path.write_bytes(path.read_bytes()[:-60])
-
-
-def _without_crc(path):
-    content = bytearray(path.read_bytes())
-    content[30] ^= 255
-    path.write_bytes(content)
-
-
-def _huge(path):
-    """A bitmap whose header claims 60,000 x 60,000 pixels."""
-    content = bytearray(path.read_bytes())
-    content[18:26] = (60_000).to_bytes(4, "little") * 2
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("file, spoil", [
-    ("cut.jpg", _truncated), ("cut.png", _truncated), ("crc.png", _without_crc),
-    ("empty.jpg", lambda path: path.write_bytes(b"")),
-    ("text.jpg", lambda path: path.write_text("404 Not Found")),
-    ("gone.jpg", lambda path: path.unlink()),
-    ("header.ppm", lambda path: path.write_bytes(b"P6\n1N 2\n255\n" + bytes(9))),
-    ("bomb.bmp", _huge)])  # fmt: skip
-def test_a_broken_file_is_named(tmp_path, file, spoil):
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / file)
-    assert FileSource(tmp_path, [file]).load(0).size == (40, 40)
-    spoil(tmp_path / file)
-    with pytest.raises(OSError, match=f"Cannot read the image {tmp_path / file}: "):
-        FileSource(tmp_path, [file]).load(0)
-
-
-# -------------------------------------------------------------------------------- split files
-
-
-@pytest.fixture
-def samples(tmp_path):
-    """Seven images; the paths are in the order of the indices, 0 to 6."""
-    for path in ("cat/1.jpg", "cat/same.jpg", "cat/sub/2.jpg", "dog/a b.jpg", "dog/c,3,4.jpg", "dog/same.jpg",
-                 "dog/é\u2028.jpg"):  # fmt: skip
-        draw(tmp_path / "train" / path)
-    return image_folder(tmp_path / "train")
-
-
-def split(samples, content):
-    path = samples.source.root.parent / "list.txt"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
-@pytest.mark.parametrize("content, expected", [
-    ("2.jpg,101,77\n1.jpg,0,1256\n", [2, 0]),  # the published format: shard, index in shard
-    ("2.jpg\n1.jpg", [2, 0]),
-    ("a b.jpg,3,4\n1.jpg\n", [3, 0]),
-    ("dog/same.jpg,1,1\ncat/sub/2.jpg\ncat/same.jpg\n", [5, 2, 1]),
-    ("dog/same.jpg\n1.jpg,5,5\ncat/same.jpg,5,6\n2.jpg\n", [5, 0, 1, 2]),
-    ("\n2.jpg,1,1\n\n   \n1.jpg,1,2\n\n", [2, 0]),
-    ("2.jpg,1,1\r\n\r\n1.jpg\r\n", [2, 0]),
-    ("c,3,4.jpg\n", [4]),
-    ("c,3,4.jpg,5,6\ndog/same.jpg , 1 , 2\n", [4, 5]),
-    ("dog/c,3,4.jpg,5,6\n", [4]),
-    ("é\u2028.jpg\n1.jpg", [6, 0]),
-    ("\ufeff2.jpg,1,1\r\n", [2]),  # a Windows editor's first bytes
-    ("  1.jpg,1,2  \n\t2.jpg\n", [0, 2]),
-])  # fmt: skip
-def test_split_files(samples, content, expected):
-    indices = read_split(split(samples, content), samples)
-    assert indices.tolist() == expected  # in the file's order
-    assert indices.dtype == np.int64
-
-
-@pytest.mark.parametrize("content, message", [
-    ("1.jpg\n\nmissing.jpg,1,2\n", r"list.txt, line 3: 'missing.jpg' is not among the 7 images of .*train"),
-    ("dog/1.jpg\n", r"line 1: 'dog/1.jpg' is not among"),
-    ("sub/2.jpg\n", r"line 1: 'sub/2.jpg' is not among"),
-    ("1.jpg,4\n", r"line 1: '1.jpg,4' is not among"),
-    ("1.jpg,label,4\n", r"line 1: '1.jpg,label,4' is not among"),
-    ("1.jpg\nsame.jpg,1,2\n", r"line 2: 'same.jpg' is the name of several images.*relative to train/"),
-    ("../val/1.jpg\n", r"line 1: '../val/1.jpg' leaves the data folder"),
-    ("1.jpg\ncat/../dog/same.jpg\n", r"line 2: 'cat/../dog/same.jpg' leaves the data folder"),
-    ("/etc/passwd\n", r"line 1: '/etc/passwd' leaves the data folder"),
-    ("1.jpg,1,1\n2.jpg,1,2\n1.jpg,9,9\n", r"line 3: '1.jpg' was listed before, in line 1"),
-    ("1.jpg\ncat/1.jpg\n", r"line 2: 'cat/1.jpg' was listed before, in line 1"),
-    ("", "list.txt lists no image"),
-    ("\n \r\n", "list.txt lists no image"),
-    (b"1.jpg\ncaf\xe9.jpg\n", "list.txt is not UTF-8"),
-])  # fmt: skip
-def test_wrong_split_files_are_explained(samples, content, message):
-    with pytest.raises(ValueError, match=message):
-        read_split(split(samples, content), samples)
-
-
-def test_a_missing_split_file_is_named(samples, tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"no split file {tmp_path}/none.txt .--data-split-file"):
-        read_split(tmp_path / "none.txt", samples)
-
-
-def test_the_class_is_the_folder_not_the_file_name(tmp_path):
-    tree(tmp_path, {"cat": ["dog_1.jpg"], "dog": ["cat_1.jpg", "n01440764_9.JPEG"]})
-    samples = image_folder(tmp_path)
-    (tmp_path / "list.txt").write_text("cat_1.jpg,0,0\nn01440764_9.JPEG,0,1\ndog_1.jpg,7,7\n")
-    assert samples.targets[read_split(tmp_path / "list.txt", samples)].tolist() == [1, 1, 0]
 
 
 # -------------------------------------------------------------------------------- views
@@ -398,3 +159,216 @@ def test_evaluation_alone_needs_no_train_folder(imagenet):
     (imagenet / "train").rename(imagenet / "gone")
     views = build_validation_set(flags("--data-path", imagenet))
     assert views.samples.classes == ("n00", "n01", "n02") and len(views) == 3
+
+
+# -------------------------------------------------------------------------------- --select-ratio, --unlabelled-path
+
+
+@pytest.mark.parametrize("ratio, n", [(0.5, 6), (0.3, 3), (0.99, 11)])
+def test_select_ratio_draws_with_its_own_seed(imagenet, ratio, n):
+    path = write_split(imagenet, "n02_3.JPEG")
+    expected = sorted(random.Random(2021).sample(range(12), n))
+    for words in ([], ["--seed", 7], ["--data-split-file", path], ["--data-split-file", "not read"]):
+        labelled, unlabelled = sets(imagenet, "--data-set", "SEMI-IMNET", "--select-ratio", ratio, *words)
+        assert labelled.indices.tolist() == expected and len(unlabelled) == 12
+    _, rest = sets(
+        imagenet, "--data-set", "SEMI-IMNET", "--select-ratio", ratio, "--unlabelDataset_exclude_labeledData"
+    )
+    assert rest.indices.tolist() == sorted(set(range(12)) - set(expected))
+
+
+def test_a_select_ratio_that_labels_nothing_is_refused(imagenet):
+    with pytest.raises(ValueError, match="--select-ratio 0.05 labels none of 12 train images: raise it"):
+        sets(imagenet, "--data-set", "SEMI-IMNET", "--select-ratio", 0.05)
+
+
+OFF = {"--select-ratio": 0.5, "--split-folder": "lists", "--inat-category": "genus", "--unlabelled-path": "more",
+       "--data-split-file": "list.txt"}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", OFF)
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_flags_without_meaning_are_refused(tmp_path, name, flag):
+    meant = {
+        "--select-ratio": {"SEMI-IMNET", "CIFAR10", "CIFAR100"},
+        "--split-folder": {"SEMI-PLACES205", "5PER-SEMI-PLACES205", "1PER-SEMI-PLACES205"},
+        "--inat-category": {"INAT", "INAT19"},
+        "--unlabelled-path": set(DATA_SETS) - {"IMNET", "INAT", "INAT19"},
+        "--data-split-file": {"SEMI-IMNET", "IMNET"},
+    }
+    if name in meant[flag]:
+        assert flag in DATA_SETS[name].flags
+    else:
+        with pytest.raises(ValueError, match=f"{flag} .* means nothing to --data-set {name}: leave it out"):
+            sets(tmp_path, "--data-set", name, flag, OFF[flag])
+
+
+def test_every_data_set_of_the_flags_is_in_the_table():
+    action = next(a for a in options.get_args_parser()._actions if a.dest == "data_set")
+    assert sorted(DATA_SETS) == sorted(action.choices)
+
+
+def test_unlabelled_path(imagenet):
+    for path in ("b.jpg", "a/deep/c.png"):
+        draw(imagenet / "more" / path)
+    words = ["--data-set", "SEMI-IMNET", "--data-split-file", write_split(imagenet, "n02_3.JPEG", "n00_1.JPEG")]
+    labelled, unlabelled = sets(imagenet, *words, "--unlabelled-path", imagenet / "more")
+    assert labelled.indices.tolist() == [11, 1] and paths(unlabelled.samples) == ["a/deep/c.png", "b.jpg"]
+    strong, weak, target, index = unlabelled[1]
+    assert strong.shape == weak.shape == (3, 32, 32) and (target, index) == (-1, 1)
+    (imagenet / "some.csv").write_text("more/b.jpg\ntrain/n00/n00_1.JPEG\ntrain/n00/n00_2.JPEG\n")
+    words += ["--unlabelled-path", imagenet / "some.csv"]
+    assert len(sets(imagenet, *words)[1]) == 3
+    assert sets(imagenet, *words, "--unlabelDataset_exclude_labeledData")[1].indices.tolist() == [0, 2]
+    assert sets(imagenet, *words, "--supervise-only")[1] is None
+
+
+# -------------------------------------------------------------------------------- one's own CSV files
+
+
+@pytest.fixture
+def own(tmp_path):
+    """train.csv with five labelled rows of three classes and one without; val.csv; unlabelled.csv of two more."""
+    (tmp_path / "train.csv").write_text(
+        "path,label\ni/0.jpg,dog10\ni/1.jpg,dog2\ni/2.jpg\ni/3.jpg,ant\ni/4.jpg,ant\ni/5.jpg,dog2\n"
+    )
+    (tmp_path / "val.csv").write_text("v/0.jpg,ant\nv/1.jpg,dog10\nv/2.jpg,dog2\n")
+    (tmp_path / "unlabelled.csv").write_text("u/0.jpg\nu/1.jpg,cat\n")
+    for path in [*(f"i/{i}.jpg" for i in range(6)), *(f"v/{i}.jpg" for i in range(3)), "u/0.jpg", "u/1.jpg"]:
+        draw(tmp_path / path, size=(40, 40))
+    return tmp_path
+
+
+def test_own_csv_files(own):
+    labelled, unlabelled = sets(own, "--data-set", "SEMI-IMNET")
+    assert labelled.indices.tolist() == [0, 1, 3, 4, 5] and labelled.samples.classes == ("ant", "dog2", "dog10")
+    assert [labelled[i][1] for i in range(5)] == [2, 1, 0, 0, 1]
+    assert unlabelled.indices.tolist() == list(range(8)) and unlabelled[2][2:] == (-1, 2)
+    assert paths(unlabelled.samples)[5:] == ["i/5.jpg", "u/0.jpg", "u/1.jpg"]
+    _, rest = sets(own, "--data-set", "SEMI-IMNET", "--unlabelDataset_exclude_labeledData")
+    assert rest.indices.tolist() == [2, 6, 7]
+    views = build_validation_set(flags("--data-path", own, "--input-size", 32, "--data-set", "SEMI-IMNET"),
+                                 labelled.samples.classes)  # fmt: skip
+    assert views.samples.targets.tolist() == [0, 2, 1]
+
+
+def test_own_csv_files_supervised(own):
+    labelled, unlabelled = sets(own, "--data-set", "IMNET")
+    assert labelled.indices.tolist() == [0, 1, 3, 4, 5] and unlabelled is None
+
+
+def test_own_csv_files_are_split_and_drawn_among_the_labelled(own):
+    words = ["--data-set", "SEMI-IMNET"]
+    labelled, _ = sets(own, *words, "--data-split-file", write_split(own, "4.jpg", "i/0.jpg"))
+    assert labelled.indices.tolist() == [4, 0]
+    drawn, _ = sets(own, *words, "--select-ratio", 0.6)
+    assert drawn.indices.tolist() == [[0, 1, 3, 4, 5][i] for i in sorted(random.Random(2021).sample(range(5), 3))]
+    with pytest.raises(ValueError, match="split.txt lists 'i/2.jpg', which has no label in .*train.csv"):
+        sets(own, *words, "--data-split-file", write_split(own, "4.jpg", "i/2.jpg"))
+
+
+def test_folders_come_before_csv_files(own):
+    draw(own / "train" / "cat" / "0.jpg")
+    assert sets(own, "--data-set", "IMNET")[0].samples.classes == ("cat",)
+    with pytest.raises(ValueError, match=r"val/ lacks \['cat'\], train/ lacks \['ant', 'dog10', 'dog2'\]"):
+        build_validation_set(flags("--data-path", own), ("cat",))
+
+
+def test_own_evaluation_needs_val_csv_only(own):
+    (own / "train.csv").unlink()
+    assert build_validation_set(flags("--data-path", own)).samples.classes == ("ant", "dog2", "dog10")
+    with pytest.raises(FileNotFoundError, match="no folder .*train: .*or train.csv and val.csv"):
+        sets(own, "--data-set", "IMNET")
+    (own / "val.csv").write_text("v/0.jpg,ant\nv/1.jpg\n")
+    with pytest.raises(ValueError, match="val.csv: 'v/1.jpg' has no label"):
+        build_validation_set(flags("--data-path", own))
+
+
+# -------------------------------------------------------------------------------- the published sets
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
+def test_cifar(tmp_path, name):
+    make_cifar(tmp_path, name, (5, 5, 4, 3, 3), 6)
+    labels = [i % 2 for n in ((5, 5, 4, 3, 3) if name == "CIFAR10" else (20,)) for i in range(n)]
+    places = [[i for i, label in enumerate(labels) if label == c] for c in range(2)]
+    for ratio in (0.25, 0.4, 1):
+        labelled, unlabelled = sets(tmp_path, "--data-set", name, "--select-ratio", ratio)
+        first = sorted(i for each in places for i in each[: int(ratio * len(each))])
+        assert labelled.indices.tolist() == first
+        assert unlabelled.indices.tolist() == list(range(20))
+    strong, weak, target, index = unlabelled[3]
+    assert strong.shape == weak.shape == (3, 32, 32) and (target, index) == (labels[3], 3)
+    assert labelled.transforms == unlabelled.transforms[1:]  # labelled = weak
+    words = ["--data-set", name, "--select-ratio", 0.25, "--unlabelDataset_exclude_labeledData"]
+    labelled, rest = sets(tmp_path, *words)
+    assert rest.indices.tolist() == sorted(set(range(20)) - set(labelled.indices.tolist()))
+    args = flags("--data-path", tmp_path, "--input-size", 48, "--data-set", name)
+    views = build_validation_set(args, ("cat", "dog"))
+    assert len(views) == 6 and views[0][0].shape == (3, 48, 48) and views[1][1:] == (1, 1)
+    with pytest.raises(ValueError, match="--select-ratio 0.05 labels none of 20"):
+        sets(tmp_path, "--data-set", name, "--select-ratio", 0.05)
+
+
+def test_cifar_with_other_images(tmp_path):
+    make_cifar(tmp_path, "CIFAR10")
+    draw(tmp_path / "more" / "a.png", size=(50, 40))
+    words = ["--data-set", "CIFAR10", "--unlabelled-path", tmp_path / "more", "--unlabelDataset_exclude_labeledData"]
+    _, unlabelled = sets(tmp_path, *words)
+    assert len(unlabelled) == 1 and unlabelled[0][0].shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("name, year", [("INAT", 2018), ("INAT19", 2019)])
+def test_inat_sets(tmp_path, name, year):
+    make_inat(tmp_path, year)
+    labelled, unlabelled = sets(tmp_path, "--data-set", name, "--inat-category", "genus")
+    assert len(labelled) == 4 and labelled.samples.classes == ("Acer", "Bufo") and unlabelled is None
+    args = flags("--data-path", tmp_path, "--data-set", name, "--inat-category", "genus")
+    assert build_validation_set(args, ("Acer", "Bufo")).samples.targets.tolist() == [1, 1, 0]
+
+
+def test_semi_inat(tmp_path):
+    make_semi_inat(tmp_path)
+    labelled, unlabelled = sets(tmp_path, "--data-set", "SEMI-INAT")
+    assert labelled.samples.targets.tolist() == [0, 2] and labelled.samples.classes == ("0", "1", "2", "3")
+    assert unlabelled.samples.targets.tolist() == [-1, -1, 0]
+    assert unlabelled.samples.source.root == tmp_path / "data"
+    _, rest = sets(tmp_path, "--data-set", "SEMI-INAT", "--unlabelDataset_exclude_labeledData")
+    assert rest.indices.tolist() == [0, 1]
+    args = flags("--data-path", tmp_path, "--input-size", 48, "--data-set", "SEMI-INAT")
+    assert build_validation_set(args, labelled.samples.classes).samples.targets.tolist() == [0, 1, 3]
+    assert unlabelled[0][0].shape == (3, 32, 32) and labelled[1][1:] == (2, 1)
+
+
+@pytest.mark.parametrize("prefix", ["", "5per_", "1per_"])
+def test_places(tmp_path, prefix):
+    name = f"{prefix[:4].upper()}-SEMI-PLACES205".lstrip("-")
+    make_places(tmp_path / "images", tmp_path / "lists", prefix, 4, 3, 2)
+    words = ["--data-set", name, "--split-folder", tmp_path / "lists"]
+    labelled, unlabelled = sets(tmp_path / "images", *words)
+    assert paths(labelled.samples) == ["a/0.jpg", "b/1.jpg", "a/2.jpg", "b/3.jpg"]
+    assert labelled.samples.targets.tolist() == [0, 1, 0, 1] and labelled.samples.classes == ("0", "1")
+    assert paths(unlabelled.samples) == ["u/0.jpg", "u/1.jpg", "u/2.jpg"]
+    args = flags("--data-path", tmp_path / "images", *words)
+    assert len(build_validation_set(args, ("0", "1"))) == 2
+    with pytest.raises(ValueError, match=f"--data-set {name} needs --split-folder.*{prefix}semi_ltrain.txt"):
+        sets(tmp_path / "images", "--data-set", name)
+    (tmp_path / "lists" / f"{prefix}semi_utrain.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=f"no list .*{prefix}semi_utrain.txt .--split-folder"):
+        sets(tmp_path / "images", *words)
+    assert sets(tmp_path / "images", *words, "--supervise-only")[1] is None
+
+
+def test_evaluation_of_lists_needs_the_validation_part_only(tmp_path):
+    make_places(tmp_path, tmp_path / "lists", val=3)
+    make_semi_inat(tmp_path, train=(0, 8))
+    args = [flags("--data-path", tmp_path, "--data-set", "SEMI-PLACES205", "--split-folder", tmp_path / "lists"),
+            flags("--data-path", tmp_path, "--data-set", "SEMI-INAT")]  # fmt: skip
+    for path in (tmp_path / "a" / "0.jpg", tmp_path / "data" / "l_train" / "0.jpg"):
+        path.unlink()
+    # The train list, where there is one, still tells how many classes the checkpoint was trained on.
+    assert [len(build_validation_set(each).samples.classes) for each in args] == [2, 9]
+    for path in [*(tmp_path / "lists").glob("semi_?train.txt"), tmp_path / "semi_list" / "semi-train.txt"]:
+        path.unlink()
+    views = [build_validation_set(each) for each in args]
+    assert [len(each.samples.classes) for each in views] == [2, 4] and [len(each) for each in views] == [3, 3]

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from timm.layers import DropBlock2d, DropPath
 from torch import nn
+from trees import make_cifar, make_inat, make_places, make_semi_inat
 
 import datasets
 import options
@@ -81,12 +84,31 @@ def places(tmp_path_factory):
     names = write_tree(root / "tree", ["cat", "dog"])
     write_tree(root / "tree3", ["cat", "dog", "eel"])
     (root / "list.txt").write_text("\n".join(names) + "\n")
+    (root / "tree3" / "more.csv").write_text("path\ntrain/eel/eel_0.png\ntrain/eel/eel_1.png\n")
+    make_cifar(root / "sets", "CIFAR10")
+    make_cifar(root / "sets", "CIFAR100", (5,) * 5, 6)
+    make_inat(root / "sets", 2018)
+    make_inat(root / "sets", 2019, ((0, 1), (1, 2), (0, 3)), ((1, 4),))
+    make_semi_inat(root / "sets")
+    for prefix, n in (("", 4), ("5per_", 3), ("1per_", 2)):
+        make_places(root / "sets", root / "lists", prefix, n, 6)
     words = {
         "TREE": root / "tree",
         "TREE3": root / "tree3",
         "LIST": root / "list.txt",
+        "LIST3": root / "tree3" / "more.csv",
+        "SETS": root / "sets",
+        "LISTS": root / "lists",
         "CHECKPOINT": root / "start" / "checkpoint.pth",
     }
+    vit = dict(embed_dim=128, depth=3, num_heads=2)
+    for word, name, settings in (
+        ("RESNET", "test_resnet", {}),
+        ("SEMIFORMER", "Semiformer_micro_patch16", {}),
+        ("VIT", "vit_tiny_patch16_224", vit),
+    ):
+        words[word] = root / f"{word}.pth"
+        torch.save(sevens(name, **settings), words[word])
     outs = (root / f"out{i}" for i in range(1000))
 
     def placed(argv):
@@ -177,13 +199,27 @@ def refusal(call):
     def probe(args):
         try:
             return call(args)
-        except (ValueError, NotImplementedError) as error:
+        except (ValueError, OSError, NotImplementedError) as error:
             return str(error)
 
     return probe
 
 
-not_built = refusal(options.not_built)
+labelled_images = refusal(lambda args: len(started(args).labelled))
+
+
+def sevens(name, **settings):
+    """A state dict of the network in which every number is 7."""
+    weights = timm.create_model(name, num_classes=2, **settings).state_dict()
+    return {key: torch.full_like(value, 7) for key, value in weights.items()}
+
+
+def from_file(args):
+    """How many tensors of the network are sevens before the first step, or why there are none."""
+    words = refusal(started)(args)
+    if isinstance(words, str):
+        return re.sub(r"\S+\.pth", "FILE", words)
+    return sum(bool((value == 7).all()) for value in words.state.model.state_dict().values())
 
 
 class Toy(nn.Module):
@@ -249,7 +285,7 @@ def cnn_hears_transformer(args):
 def sizes(args):
     """Side of a view of each kind and number of position embeddings."""
     image = Image.new("RGB", (32, 32))
-    views = (*datasets._views(args), datasets.eval_view(args.input_size))
+    views = (*datasets._views(args)[1:], datasets.eval_view(args.input_size))
     with torch.device("meta"):
         positions = semi_main._network(args, 2).pos_embed.shape[1]
     return [view(image).shape[-1] for view in views], positions
@@ -433,13 +469,29 @@ class Row:
     given: str = ""
 
 
-def unbuilt(flag, b, a=None):
-    asked = " ".join([flag, b]).strip()
-    return Row("error", a, b, not_built, (None, f"{asked} is not built yet"))
+def counts(labelled, unlabelled, validation):
+    return f"{labelled} labelled, {unlabelled} unlabelled, {validation} validation images"
 
 
+OTHERS = TINY + " --data-path SETS --data-split-file None"
+NO_RATIO = "--select-ratio 0.5 means nothing to --data-set IMNET: leave it out."
+NO_LISTS = "--data-set SEMI-PLACES205 needs --split-folder, the folder of semi_ltrain.txt."
 DEIT = "--model deit_tiny_patch16_224 --drop-path 0"
 TWO = "--model Semiformer_micro_patch16 --input-size 32 --drop-path 0"
+RESNET, SEMIFORMER = (len(sevens(name)) for name in ("test_resnet", "Semiformer_micro_patch16"))
+
+
+def start_rows(name, file, taken, given=""):
+    """Rows of a --*-load and of its file: each alone is refused, both load so many tensors."""
+    flag, given = f"--{name}-load", f"{TINY} {given}"
+    lonely = f"{flag}-file FILE is read with {flag} only: add {flag}, or leave the file out."
+    wanting = f"{flag} needs a file: add {flag}-file FILE."
+    return {
+        flag: Row("network", None, "", from_file, (lonely, taken), f"{given} {flag}-file {file}"),
+        f"{flag}-file": Row("network", "None", file, from_file, (wanting, taken), f"{given} {flag}"),
+    }
+
+
 NO_WARMUP = "--epochs 4 --warmup-epochs 0 --lr 1 --min-lr 0"
 STEP = "--sched step --warmup-epochs 0 --lr 1"
 PLATEAU = (
@@ -477,14 +529,14 @@ FLAGS = {
     ),
     "--input-size": Row("network", "32", "64", sizes, (([32, 32, 32], 5), ([64, 64, 64], 17)), DEIT),
     "--drop": Row(
-        "network", "0", "0.3", network(rates_of(nn.Dropout, "p")), ([0.0] * 24, [0.0, 0.3, 0.3, 0.3] * 6), TWO
+        "network", "0", "0.3", network(rates_of(nn.Dropout, "p")), ([0.0] * 12, [0.0, 0.3, 0.3, 0.3] * 3), TWO
     ),  # attention's own probabilities have none
     "--drop-path": Row(
         "network",
         "0",
         "0.5",
         network(rates_of(DropPath, "drop_prob")),
-        ([], [0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.5, 0.5]),
+        ([], [0.25, 0.25, 0.5, 0.5]),
         TWO,
     ),
     "--drop-block": Row(
@@ -513,10 +565,22 @@ FLAGS = {
         ("8 labelled, 0 unlabelled, 4 validation images", "4 labelled, 8 unlabelled, 4 validation images"),
         TINY,
     ),
-    "--inat-category": unbuilt("--inat-category", "genus", "name"),
+    "--inat-category": Row(
+        "data",
+        "name",
+        "kingdom",
+        lambda args: started(args).validation.samples.classes,
+        (("Acer rubrum", "Bufo bufo", "Bufo viridis"), ("Plantae", "Animalia")),
+        OTHERS + " --data-set INAT",
+    ),
     "--data-split-file": Row("data", "None", "LIST", lambda args: len(started(args).labelled), (8, 4), TINY),
-    "--split-folder": unbuilt("--split-folder", "lists"),
-    "--select-ratio": unbuilt("--select-ratio", "0.5", "1"),
+    "--split-folder": Row(
+        "data", "None", "LISTS", labelled_images, (NO_LISTS, 4), OTHERS + " --data-set SEMI-PLACES205"
+    ),
+    "--select-ratio": Row(
+        "data", "1", "0.5", lambda args: started(args).labelled.indices.tolist(), ([0, 1, 4, 5], [4, 5, 6, 7]), TINY
+    ),
+    "--unlabelled-path": Row("data", [""], "TREE3", lambda args: len(started(args).unlabelled), (8, 18), TINY),
     "--unlabelDataset_exclude_labeledData": Row(
         "data",
         None,
@@ -656,12 +720,11 @@ FLAGS = {
     # files
     "--output_dir": Row("file", [""], "OUT", files, (set(), {"checkpoint.pth", "log.txt", "run.json"}), TINY),
     "--resume": Row("file", [""], "CHECKPOINT", lambda args: started(args).state.epoch, (-1, 0), TINY),
-    "--finetune": unbuilt("--finetune", "a.pth"),
-    **{
-        flag: unbuilt(flag, value)
-        for name in ("dino", "semiformer", "resnet", "warmup-model")
-        for flag, value in ((f"--{name}-load", ""), (f"--{name}-load-file", "a.pth"))
-    },
+    "--finetune": Row("network", [""], "RESNET", from_file, (0, RESNET), TINY),
+    **start_rows("dino", "VIT", 39, TWO),
+    **start_rows("semiformer", "SEMIFORMER", SEMIFORMER - 4, TWO),
+    **start_rows("resnet", "RESNET", RESNET - 2),
+    **start_rows("warmup-model", "RESNET", RESNET),
     # device, precision, loading
     "--device": Row(
         "error",
@@ -713,26 +776,33 @@ FLAGS = {
 # Second effects, and the values that are refused.
 MORE = [
     *[
-        ("--data-set", unbuilt("--data-set", name, "IMNET"))
-        for name in (
-            "CIFAR10",
-            "CIFAR100",
-            "INAT",
-            "INAT19",
-            "SEMI-INAT",
-            "SEMI-PLACES205",
-            "5PER-SEMI-PLACES205",
-            "1PER-SEMI-PLACES205",
+        ("--data-set", Row("printed line", a, b, described("validation"), expect, OTHERS + given))
+        for a, b, given, expect in (
+            ("CIFAR10", "CIFAR100", "", (counts(20, 20, 4), counts(25, 25, 6))),
+            ("SEMI-INAT", "INAT", "", (counts(2, 3, 3), counts(4, 0, 3))),
+            ("INAT", "INAT19", "", (counts(4, 0, 3), counts(3, 0, 1))),
+            ("SEMI-PLACES205", "5PER-SEMI-PLACES205", " --split-folder LISTS", (counts(4, 6, 2), counts(3, 6, 2))),
+            ("5PER-SEMI-PLACES205", "1PER-SEMI-PLACES205", " --split-folder LISTS", (counts(3, 6, 2), counts(2, 6, 2))),
         )
     ],
+    (
+        "--select-ratio",
+        Row("data", "1", "0.3", labelled_images, (20, 6), OTHERS + " --data-set CIFAR10"),
+    ),
+    (
+        "--select-ratio",
+        Row("error", "1", "0.5", labelled_images, (8, NO_RATIO), TINY + " --data-set IMNET"),
+    ),
+    ("--unlabelled-path", Row("data", [""], "LIST3", lambda args: len(started(args).unlabelled), (8, 2), TINY)),
     (
         "--resume",
         Row(
             "error",
-            "a.pth",
-            "https://host/a.pth",
-            not_built,
-            (None, "--resume https://host/a.pth is not built yet: download it and pass its path"),
+            "none.pth",
+            "http://127.0.0.1:9/none.pth",
+            lambda args: refusal(started)(args).split(" (")[0],
+            ("There is no checkpoint none.pth.", "Cannot download http://127.0.0.1:9/none.pth"),
+            TINY,
         ),
     ),
     (

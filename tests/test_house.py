@@ -17,10 +17,13 @@ ARROWS = {
     "semi_main": ALL,
     "engine": {"pseudo_labels", "losses", "utils"},
     "loading": {"samplers", "transforms", "utils"},
-    "datasets": {"transforms"},
+    "datasets": {"cifar", "readers", "transforms"},
+    "cifar": {"readers"},
+    "transforms": {"randaugment"},
     "checkpoint": {"utils"},
+    "starts": {"checkpoint", "utils"},
     "models": {"models"},
-    **{leaf: set() for leaf in ("pseudo_labels", "losses", "transforms", "samplers", "utils", "options")},
+    **{leaf: set() for leaf in ("pseudo_labels", "losses", "readers", "randaugment", "samplers", "utils", "options")},
 }
 LAUNCHERS = {"run_with_submitit", "semi_main"}
 

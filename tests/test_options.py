@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from options import boolean, check, get_args_parser, labelled_and_unlabelled, not_built, requested_amp
+from options import boolean, check, get_args_parser, labelled_and_unlabelled, requested_amp
 
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "flags.json").read_text())["semi_main"]
 NO_EFFECT = ("--opt-level", "--cross-attn", "--cnn2trans", "--trans2cnn", "--resplit")
 KEPT = [row for row in PUBLISHED if row["flags"][0] not in NO_EFFECT]
-NEW = {"--amp", "--steps-per-epoch"}
+NEW = {"--amp", "--steps-per-epoch", "--unlabelled-path"}
 SEMI = "--data-set SEMI-IMNET "
 SCRIPT = SEMI + "--batch-size 108 --mu 0.125 --mixup 0 --cutmix 0 --threshold 0.7 --semi-lambda 4"
 
@@ -46,7 +46,7 @@ def test_published_flag_is_kept(row):
     assert type(ours["default"]) is type(expected["default"])
 
 
-def test_no_flag_is_missing_and_only_two_are_new():
+def test_no_flag_is_missing_and_only_three_are_new():
     published = {flag for row in PUBLISHED for flag in row["flags"]}
     assert set(actions()) - published == NEW
     assert published <= set(actions())
@@ -54,14 +54,15 @@ def test_no_flag_is_missing_and_only_two_are_new():
 
 def test_new_flags():
     args = parse()
-    assert (args.amp, args.steps_per_epoch) == (None, 0)
+    assert (args.amp, args.steps_per_epoch, args.unlabelled_path) == (None, 0, "")
     assert parse("--steps-per-epoch 7").steps_per_epoch == 7
     assert list(actions()["--amp"].choices) == ["auto", "off", "fp16", "bf16"]
 
 
 def test_defaults_of_a_namespace_are_the_published_ones():
     expected = {row["dest"]: row["default"] for row in KEPT}
-    expected |= {"amp": None, "steps_per_epoch": 0, "device": "cuda" if torch.cuda.is_available() else "cpu"}
+    expected |= {"amp": None, "steps_per_epoch": 0, "unlabelled_path": ""}
+    expected |= {"device": "cuda" if torch.cuda.is_available() else "cpu"}
     assert vars(parse()) == expected
 
 
@@ -250,43 +251,3 @@ def test_check_lets_pass(line):
 def test_eval_still_checks_what_evaluation_uses():
     with pytest.raises(ValueError, match="--input-size"):
         check(parse("--eval --input-size 0"))
-
-
-@pytest.mark.parametrize(
-    "line, named",
-    [
-        *[
-            (f"--data-set {name}", f"--data-set {name}")
-            for name in (
-                "CIFAR10",
-                "CIFAR100",
-                "INAT",
-                "INAT19",
-                "SEMI-INAT",
-                "SEMI-PLACES205",
-                "5PER-SEMI-PLACES205",
-                "1PER-SEMI-PLACES205",
-            )
-        ],
-        ("--inat-category genus", "--inat-category genus"),
-        ("--select-ratio 0.5", "--select-ratio 0.5"),
-        ("--finetune a.pth", "--finetune a.pth"),
-        ("--split-folder lists", "--split-folder lists"),
-        *[(f"--{name}-load", f"--{name}-load") for name in ("dino", "semiformer", "resnet", "warmup-model")],
-        *[
-            (f"--{name}-load-file a.pth", f"--{name}-load-file a.pth")
-            for name in ("dino", "semiformer", "resnet", "warmup-model")
-        ],
-        ("--resume https://host/a.pth", "--resume https://host/a.pth"),
-        ("--resume http://host/a.pth", "--resume http://host/a.pth"),
-    ],
-)
-def test_not_built(line, named):
-    with pytest.raises(NotImplementedError) as answer:
-        not_built(parse(line))
-    assert str(answer.value).startswith(f"{named} is not built yet")
-
-
-@pytest.mark.parametrize("line", ["", SCRIPT, "--data-split-file a.txt", "--resume out/checkpoint.pth"])
-def test_built(line):
-    not_built(parse(line))

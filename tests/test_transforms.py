@@ -12,7 +12,17 @@ from timm.data import auto_augment as timm_augment
 from timm.data import create_transform
 
 import transforms
-from transforms import eval_view, resized_side, train_view, weak_view
+from randaugment import rand_augment
+from transforms import (
+    CIFAR,
+    cifar_eval_view,
+    cifar_strong_view,
+    cifar_weak_view,
+    eval_view,
+    resized_side,
+    train_view,
+    weak_view,
+)
 from utils import seed_everything
 
 torch.set_num_threads(1)
@@ -315,6 +325,50 @@ def test_a_small_image_of_another_size_is_refused(width, height):
         eval_view(32)(noise(width, height))
 
 
+# -------------------------------------------------------------------------------- CIFAR
+
+
+CIFAR_COLOURS = {"CIFAR10": ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
+                 "CIFAR100": ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4))}  # fmt: skip
+
+
+def cifar_normalised(pixels, name):
+    mean, std = map(np.array, CIFAR_COLOURS[name])
+    return torch.from_numpy(((pixels - mean) / std).transpose(2, 0, 1)).float()
+
+
+@pytest.mark.parametrize("name", CIFAR)
+@pytest.mark.parametrize("size, side", [(32, 36), (48, 54), (224, 256)])
+@pytest.mark.parametrize("strong", [False, True])
+def test_cifar_views_equal_hand_made_ones(name, size, side, strong):
+    image, flips = noise(32, 32), set()
+    view = (cifar_strong_view if strong else cifar_weak_view)(size, CIFAR[name])
+    for seed in range(6):
+        seed_everything(seed)
+        seen = view(image)
+        seed_everything(seed)
+        flip = torch.rand(1).item() < 0.5
+        step = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
+        step = rand_augment(step) if strong else step  # on 32 pixels
+        pixels = np.asarray(step.resize((side, side), Image.Resampling.BICUBIC))
+        pixels = np.pad(pixels, ((4, 4), (4, 4), (0, 0)))  # zeros
+        top = torch.randint(0, side + 8 - size + 1, (1,)).item()
+        left = torch.randint(0, side + 8 - size + 1, (1,)).item()
+        expected = cifar_normalised(pixels[top : top + size, left : left + size], name)
+        torch.testing.assert_close(seen, expected, atol=1e-5, rtol=0)
+        flips.add(flip)
+    assert flips == {True, False}
+
+
+@pytest.mark.parametrize("name", CIFAR)
+@pytest.mark.parametrize("size", [32, 16, 48, 224])
+def test_cifar_evaluation_view_equals_a_hand_made_one(name, size):
+    image = noise(32, 32)
+    expected = cifar_normalised(np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)), name)
+    seen = cifar_eval_view(size, CIFAR[name])(image)
+    torch.testing.assert_close(seen, expected, atol=1e-5, rtol=0)
+
+
 # -------------------------------------------------------------------------------- independence
 
 
@@ -330,7 +384,12 @@ def test_strong_and_weak_are_drawn_independently():
     assert len(counts) == 4 and min(counts.values()) >= 10  # all four combinations of flipped or not
 
 
-@pytest.mark.parametrize("make", [train_view, weak_view])
+def cifar_views(size):
+    colours = CIFAR["CIFAR10"]
+    return lambda image: cifar_strong_view(size, colours)(image) + cifar_weak_view(size, colours)(image)
+
+
+@pytest.mark.parametrize("make", [train_view, weak_view, cifar_views])
 def test_two_draws_differ(make):
     image, view = noise(100, 80), make(64)
     untouched = copy.deepcopy(np.asarray(image))

@@ -1,0 +1,133 @@
+"""Fetch a published list of labelled ImageNet images and check it.
+
+    python data_splits/fetch_split.py {fixmatch10,fixmatch5,simclr1,simclr10} OUT_FOLDER [--url BASE]
+
+writes OUT_FOLDER/<list>.txt, for --data-split-file. fixmatch10 is the paper's 10 %, fixmatch5 its first 64,058
+lines, cut here; both must have the known sha256. Of SimCLR's balanced lists no sha256 is known here: the number of
+lines, the form of the names and that none comes twice are checked. A right file already there is not fetched again.
+"""
+
+import argparse
+import hashlib
+import http.client
+import os
+import re
+import sys
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+FIXMATCH = "https://github.com/google-research/fixmatch/raw/d4985a1/imagenet/prep_imagenet_data/data_splits"
+SIMCLR = "https://github.com/google-research/simclr/raw/master/imagenet_subsets"
+NAME = re.compile(r"n[0-9]{8}_[0-9]+\.JPEG")
+TIMEOUT = 30  # seconds without an answer
+
+
+class Published(NamedTuple):
+    """A published list: where it is (or the list it is the beginning of), and how to know it."""
+
+    lines: int
+    sha256: str | None = None
+    base: str = ""
+    file: str = ""
+    head_of: str | None = None
+
+
+LISTS = {
+    "fixmatch10": Published(
+        128_116,
+        "d897658efd96e71ebf79042287a0975e6215f5b9e772a275e25aad050f554666",
+        FIXMATCH,
+        "files2shards_train_size128116_split1.txt",
+    ),
+    "fixmatch5": Published(
+        64_058,
+        "1838f8959bd588ba282807fff6df43be61d49b159640f1dd7e6e754abecc1aaa",
+        head_of="fixmatch10",
+    ),
+    "simclr1": Published(12_811, base=SIMCLR, file="1percent.txt"),
+    "simclr10": Published(128_116, base=SIMCLR, file="10percent.txt"),
+}
+
+
+def fault(content, wanted):
+    """What tells `content`, bytes, from the wanted Published list; None where nothing does."""
+    if wanted.sha256:
+        found = hashlib.sha256(content).hexdigest()
+        return None if found == wanted.sha256 else f"its sha256 is {found}, not {wanted.sha256}"
+    names = content.decode("ascii", "replace").splitlines()
+    strange = [name for name in names if not NAME.fullmatch(name)]
+    if strange:
+        return f"its line {strange[0][:60]!r} is no image name like n01440764_10026.JPEG"
+    if len(names) != wanted.lines:
+        return f"it has {len(names)} lines, not {wanted.lines}"
+    return None if len(set(names)) == len(names) else "it lists an image twice"
+
+
+def _download(url, path):
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+            return response.read()
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise OSError(f"Cannot fetch {url} ({error}): get the file another way and put it at {path}.") from error
+
+
+def _write(path, content):
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
+        os.replace(part, path)
+    except OSError as error:
+        raise OSError(f"Cannot write {path} ({error.strerror}): give an OUT_FOLDER that can be written.") from error
+    finally:
+        if part.exists():
+            part.unlink()
+
+
+def fetch(name, folder, url=None):
+    """Fetch the list `name` of LISTS, unless it is there, and return its path; nothing is kept of a wrong one.
+
+    Args:
+        url: address of the folder that holds the file, instead of the published one.
+
+    Raises OSError naming the address that gives no file, or the file that cannot be written, ValueError naming
+    the file or address that is not the published list.
+    """
+    wanted, path = LISTS[name], Path(folder, f"{name}.txt")
+    if path.exists():
+        wrong = fault(path.read_bytes(), wanted)
+        if wrong:
+            raise ValueError(f"{path} is not the published list ({wrong}): remove it and fetch it again.")
+        return path
+    if wanted.head_of:
+        source = fetch(wanted.head_of, folder, url)
+        content = b"".join(source.read_bytes().splitlines(keepends=True)[: wanted.lines])
+    else:
+        source = f"{(url or wanted.base).rstrip('/')}/{wanted.file}"
+        content = _download(source, path)
+    wrong = fault(content, wanted)
+    if wrong:
+        raise ValueError(f"{source} does not give the published list ({wrong}): put the right file at {path} by hand.")
+    _write(path, content)
+    return path
+
+
+def main():
+    """The command line; an error is one sentence and status 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=LISTS, help="which list")
+    parser.add_argument("folder", metavar="OUT_FOLDER", help="folder to put it in")
+    parser.add_argument("--url", metavar="BASE", help="address of another folder that holds the published file")
+    arguments = parser.parse_args()
+    try:
+        path = fetch(**vars(arguments))
+    except (OSError, ValueError) as error:
+        sys.exit(f"fetch_split.py: error: {error}")
+    wanted = LISTS[arguments.name]
+    known = f"sha256 {wanted.sha256}" if wanted.sha256 else "names and number right, sha256 not known here"
+    print(f"{path}: {wanted.lines} lines, {known}")
+
+
+if __name__ == "__main__":
+    main()

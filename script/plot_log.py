@@ -1,0 +1,121 @@
+"""Draw the logs of several training runs into one picture: losses, top-1, pseudo labels, learning rate.
+
+    python script/plot_log.py output/supervised output/semi [--output log.png]
+
+A RUN is an --output_dir of semi_main.py. A run is a colour (Okabe and Ito, 2008), a stream is a line style; a dot is
+an evaluated epoch.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from compare_runs import SHARES, read_runs
+
+try:
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
+except ModuleNotFoundError:
+    matplotlib = None
+
+WIDTH, DPI = 8.3, 200  # inches, dots an inch: 1660 pixels, twice the width of a README
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # yellow is pale on white
+STYLES = {"CNN stream": "--", "transformer stream": ":", "both streams, or the only one": "-"}
+CNN, TRANSFORMER, WHOLE = STYLES
+PANELS = (  # title, label of the y axis, {meter: stream}
+    ("training loss, total", "nats", {"train_loss": WHOLE}),
+    ("labelled loss by stream", "nats (halved)", {"train_loss_0": CNN, "train_loss_1": TRANSFORMER}),
+    (
+        "unlabelled loss by stream",
+        "nats (halved)",
+        {"train_loss_0_u": CNN, "train_loss_1_u": TRANSFORMER, "train_loss_u": WHOLE},
+    ),
+    ("validation top-1, CNN stream", "%", {"test_acc1_head1": CNN}),
+    ("top-1, transformer stream", "%", {"test_acc1_head2": TRANSFORMER}),
+    ("top-1, sum of streams", "%", {"test_acc1": WHOLE}),
+    ("mask rate", "% of unlabelled images", {"train_mask_rate": WHOLE}),
+    ("pseudo-label accuracy", "% of those that count", {"train_pseudo_acc": WHOLE}),
+    ("learning rate", "", {"train_lr": WHOLE}),
+)
+EMPTY = "not in these logs"
+
+
+def short_names(folders):
+    """As many last parts of the folders' paths as tell all of them apart."""
+    parts = [Path(folder).resolve().parts for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def points(log, meter):
+    """(epochs, values) of the records that have the meter; shares of 0..1 in percent."""
+    scale = 100 if meter in SHARES else 1
+    found = [(record["epoch"], scale * record[meter]) for record in log if record.get(meter) is not None]
+    return tuple(zip(*found)) or ((), ())
+
+
+def _panel(axis, runs, title, unit, meters):
+    for run, colour in zip(runs, COLOURS):
+        for meter, stream in meters.items():
+            epochs, values = points(run.log, meter)
+            if epochs:
+                axis.plot(epochs, values, STYLES[stream], color=colour, marker="o", markersize=1.8, label=stream)
+    axis.set(title=title, xlabel="epoch", ylabel=unit)
+    if axis.lines:
+        axis.grid(alpha=0.3)
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    else:
+        axis.text(0.5, 0.5, EMPTY, transform=axis.transAxes, ha="center", va="center", color="#666666")
+        axis.set(xticks=[], yticks=[])
+
+
+def draw(runs):
+    """The figure of up to seven runs, a panel each of PANELS in reading order. ValueError for more runs."""
+    if len(runs) > len(COLOURS):
+        raise ValueError(f"{len(runs)} runs are more than the {len(COLOURS)} colours: draw fewer at a time.")
+    names = short_names([run.folder for run in runs])
+    columns = 2 if max(map(len, names)) > 24 else 4
+    with matplotlib.rc_context({"font.size": 8, "axes.titlesize": 8.5, "lines.linewidth": 1.1}):
+        height = 6.6 + 0.17 * -(-len(runs) // columns)
+        figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+        axes = figure.subplots(3, 3).flat
+        for axis, panel in zip(axes, PANELS):
+            _panel(axis, runs, *panel)
+        drawn = {line.get_label() for axis in axes for line in axis.lines}
+        styles = [
+            Line2D([], [], color="#444444", linestyle=STYLES[name], label=name) for name in STYLES if name in drawn
+        ]
+        colours = [Line2D([], [], color=c, linewidth=3, label=name) for c, name in zip(COLOURS, names)]
+        figure.legend(handles=styles, loc="outside upper center", ncols=3, frameon=False, handlelength=3)
+        figure.legend(handles=colours, loc="outside lower center", ncols=columns, frameon=False)
+    return figure
+
+
+def main(words=None):
+    """Parse, read the runs, draw, save, and say where."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a training run")
+    parser.add_argument("--output", type=Path, default=Path("log.png"), help="the picture, a PNG (default: log.png)")
+    args = parser.parse_args(words)
+    if matplotlib is None:
+        sys.exit("plot_log.py: error: matplotlib is not installed: pip install -r requirements-dev.txt.")
+    if args.output.suffix.lower() != ".png":
+        sys.exit(f"plot_log.py: error: --output {args.output} is not the name of a PNG: end it in .png.")
+    try:
+        figure = draw(read_runs(args.runs))
+    except (ValueError, OSError) as error:
+        sys.exit(f"plot_log.py: error: {error}")
+    try:
+        figure.savefig(args.output, format="png")
+    except OSError as error:
+        sys.exit(f"plot_log.py: error: --output {args.output}: {error.strerror}; choose a place that can be written.")
+    print(f"{len(args.runs)} run(s) drawn in {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Published Slurm run: 1 labelled to 7 unlabelled images, 600 epochs, 1 node (8 GPUs).
+# Usage and settings: script/submitit_common.sh
+set -euo pipefail
+source "$(dirname "$0")/submitit_common.sh"
+submit --mu 0.125 --epochs 600 --nodes 1 "$@"

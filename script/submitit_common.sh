@@ -1,0 +1,14 @@
+# Source me: leaves submit(), which sends a job with what the five published Slurm runs share and the flags it is given.
+# Usage: DATA_ROOT=/path/to/imagenet SPLIT=lists/fixmatch10.txt bash script/submitit_<run>.sh [flags]
+# Flags you add come last and win, e.g. --local. Other settings: PARTITION (default learnfair; empty: the cluster's own),
+# SHARED_FOLDER (default output/jobs) for the job folders, COMMENT, PYTHON (default python3).
+: "${DATA_ROOT:?set DATA_ROOT to the folder that holds train/ and val/}" "${SPLIT:?set SPLIT to the file that lists the labelled images}"
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+submit() {
+    exec "${PYTHON:-python3}" "$here/run_with_submitit.py" \
+        --partition "${PARTITION-learnfair}" --shared_folder "${SHARED_FOLDER:-}" --comment "${COMMENT:-}" --use_volta32 \
+        --model Semiformer_small_patch16 --data-set SEMI-IMNET --data-path "$DATA_ROOT" --data-split-file "$SPLIT" \
+        --batch-size 108 --lr 1e-3 --temperature 1.0 --threshold 0.7 --semi-lambda 4 --semi-start-epoch 30 \
+        --pseudo-type cnn --mixup 0 --cutmix 0 --no-repeated-aug --evaluate-freq 10 --num_workers 10 "$@"
+}

@@ -1,0 +1,383 @@
+"""The Slurm launcher: its flags, what it asks Slurm for, the published scripts, and jobs that are interrupted."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from trees import ROOT, SMALL, make_tree, semi_main
+
+import options
+import run_with_submitit
+from run_with_submitit import Task, get_args_parser, job_flags
+
+PUBLISHED = json.loads((ROOT / "tests/data/flags.json").read_text())["run_with_submitit"]
+PLAIN = ["--mixup", "0", "--cutmix", "0", "--mu", "0.5"]
+RUN = [*SMALL, "--batch-size", "6", "--mu", "0.34", "--threshold", "0.3", "--warmup-epochs", "0",
+       "--model-ema-decay", "0.5", "--semi-start-epoch", "1", "--steps-per-epoch", "2"]  # fmt: skip
+QUIET = {**os.environ, "OMP_NUM_THREADS": "1"}
+LIMIT_S = 110
+
+
+def parse(*words):
+    return get_args_parser().parse_args([str(word) for word in words])
+
+
+def described(parser):
+    """{flag: what flags.json says of it} of a parser."""
+    return {
+        action.option_strings[0]: {
+            "flags": list(action.option_strings),
+            "dest": action.dest,
+            "default": action.default,
+            "type": action.type and action.type.__name__,
+            "nargs": action.nargs,
+            "choices": action.choices and list(action.choices),
+            "action": type(action).__name__.lstrip("_"),
+        }
+        for action in parser._actions
+        if action.dest != "help"
+    }
+
+
+# ------------------------------------------------------------------------------------------- flags
+
+
+def test_eleven_published_flags_join_those_of_semi_main():
+    ours, theirs = described(get_args_parser()), described(options.get_args_parser())
+    assert {flag: ours.pop(flag) for flag in set(ours) - set(theirs)} == {row["flags"][0]: row for row in PUBLISHED}
+    # The machine that submits may have no GPU: the job's device is not guessed from it.
+    assert (ours.pop("--device")["default"], len(PUBLISHED)) == ("cuda", 11)
+    assert ours == {flag: row for flag, row in theirs.items() if flag != "--device"}
+
+
+def test_every_flag_has_a_help_text():
+    texts = {action.option_strings[0]: action.help for action in get_args_parser()._actions}
+    assert all(texts[row["flags"][0]] for row in PUBLISHED)
+    assert "%j = job id" in " ".join(get_args_parser().format_help().split())
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--ngpus", "0", "--local"], "--ngpus 0 must be at least 1"),
+    (["--nodes", "2", "--local"], "--local runs on this machine alone, so --nodes 2 must be 1"),
+    (["--resume", "a", "--resume_jobid", "1", "--local"], "--resume and --resume_jobid both name a checkpoint"),
+    (["--mu", "2", "--local"], "--mu 2.0 must be above 0 and below 1"),
+    (["--resume_jobid", "17", "--local"], "Job 17 left no checkpoint .*/output/jobs/17/checkpoint.pth"),
+    ([], r"There is no Slurm \(srun\) on this machine"),
+])  # fmt: skip
+def test_bad_flags_are_refused_before_anything_is_submitted(words, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        run_with_submitit.main(parse(*PLAIN, *words))
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------- what Slurm is asked for
+
+SRUN = f"""#!{sys.executable}
+import os, subprocess, sys
+tasks = [subprocess.Popen(sys.argv[sys.argv.index("env"):],
+                          env={{**os.environ, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}})
+         for rank in range(int(os.environ["SLURM_STEP_NUM_TASKS"]))]
+sys.exit(max(abs(task.wait()) for task in tasks))
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A folder with a Slurm that accepts job 4711 and leaves the running of it to the test."""
+    tools = {"sbatch": "#!/bin/sh\necho Submitted batch job 4711\n", "scontrol": "#!/bin/sh\necho 127.0.0.1\n"}
+    for name, text in {**tools, "srun": SRUN}.items():
+        tool = tmp_path / "bin" / name
+        tool.parent.mkdir(exist_ok=True)
+        tool.write_text(text)
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def asked(folder):
+    """{option: value} of the #SBATCH lines of job 4711."""
+    lines = (folder / "4711_submission.sh").read_text().splitlines()
+    return dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in lines if line.startswith("#SBATCH"))
+
+
+@pytest.mark.parametrize("words, changed", [
+    ([], {}),
+    (["--nodes", "2", "--use_volta32"], {"nodes": "2", "constraint": "volta32gb"}),
+    (["--ngpus", "4", "--timeout", "60"],
+     {"gpus-per-node": "4", "ntasks-per-node": "4", "mem": "160GB", "time": "60"}),
+    (["--partition", "long", "--comment", "ECCV"], {"partition": "long", "comment": "ECCV"}),
+    (["--partition", "", "--device", "cpu"], {"partition": None, "gpus-per-node": None}),
+])  # fmt: skip
+def test_what_slurm_is_asked_for(slurm, capsys, words, changed):
+    run_with_submitit.main(parse(*PLAIN, *words))
+    folder = slurm / "output/jobs/4711"
+    log = folder / "4711_0_log"
+    said = f"Job 4711, folder {folder}\nLog files: {log}.out, {log}.err\n"
+    expected = {
+        "job-name": "semiformer",
+        "nodes": "1",
+        "ntasks-per-node": "8",
+        "gpus-per-node": "8",
+        "cpus-per-task": "10",
+        "mem": "320GB",
+        "time": "2800",
+        "signal": "USR2@120",
+        "partition": "learnfair",
+    } | changed
+    got = asked(folder)
+    assert capsys.readouterr().out == said
+    assert {key: got.get(key) for key in expected} == expected
+    assert ("constraint" in got, "comment" in got) == ("constraint" in changed, "comment" in changed)
+    submitted = pickle.loads((folder / "4711_submitted.pkl").read_bytes())
+    assert submitted._timeout_countdown == 30
+    assert submitted.function.args.use_submitit is True and submitted.function.args.dist_url == "env://"
+
+
+def test_a_refusal_by_slurm_is_told(slurm):
+    (slurm / "bin/sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified' >&2\nexit 1\n")
+    done = subprocess.run([sys.executable, ROOT / "run_with_submitit.py", *PLAIN], capture_output=True, text=True,
+                          env=QUIET | {"PATH": os.environ["PATH"]}, timeout=LIMIT_S)  # fmt: skip
+    assert done.returncode == 1
+    assert "run_with_submitit.py: error: sbatch: error: invalid partition specified" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------- job folder and requeue
+
+
+@pytest.mark.parametrize("words, folder", [
+    ([], "output/jobs/%j"),
+    (["--shared_folder", "shared"], "shared/%j"),
+    (["--job_dir", "runs/a_%j", "--shared_folder", "shared"], "runs/a_%j"),
+])  # fmt: skip
+def test_the_job_folder_replaces_output_dir(tmp_path, monkeypatch, words, folder):
+    monkeypatch.chdir(tmp_path)
+    assert job_flags(parse(*words, "--output_dir", "elsewhere")).output_dir == str(tmp_path / folder)
+
+
+def test_an_earlier_jobs_checkpoint_is_found_in_its_folder(tmp_path):
+    (tmp_path / "17").mkdir()
+    (tmp_path / "17/best.pth").touch()
+    flags = job_flags(parse("--shared_folder", tmp_path, "--resume_jobid", "17", "--resume_name", "best.pth"))
+    assert (flags.resume, flags.output_dir) == (str(tmp_path / "17/best.pth"), str(tmp_path / "%j"))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_requeued_job_goes_on_from_what_it_saved_and_keeps_the_rest(tmp_path, monkeypatch, saved):
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    # A fork of an earlier job: once there is a checkpoint of its own, that one counts.
+    start = tmp_path / "17/epoch_29_checkpoint.pth"
+    (tmp_path / "4711").mkdir()
+    start.parent.mkdir()
+    start.touch()
+    words = ["--shared_folder", tmp_path, "--resume_jobid", "17", "--resume_name", start.name, "--mu", "0.25"]
+    task = Task(job_flags(parse(*words)))
+    before = dict(vars(task.args))
+    if saved:
+        (tmp_path / "4711/checkpoint.pth").touch()
+    requeued = task.checkpoint()
+    resume = tmp_path / "4711/checkpoint.pth" if saved else start
+    assert isinstance(requeued.function, Task) and not requeued.args and not requeued.kwargs
+    assert vars(requeued.function.args) == before | {"resume": str(resume)}
+    assert vars(task.args) == before and before["output_dir"] == str(tmp_path / "%j")
+
+
+def test_a_forked_data_worker_leaves_the_signal_to_its_task(monkeypatch):
+    def loads_data(args):
+        worker = multiprocessing.get_context("fork").Process(target=ignores)
+        worker.start()
+        worker.join(60)
+        codes.append(worker.exitcode)
+
+    def ignores():
+        sys.exit(7 if signal.getsignal(signal.SIGUSR2) is signal.SIG_IGN else 1)
+
+    codes = []
+    monkeypatch.setattr(run_with_submitit.semi_main, "main", loads_data)
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    Task(job_flags(parse()))()
+    assert codes == [7] and signal.getsignal(signal.SIGUSR2) is not signal.SIG_IGN
+
+
+# ------------------------------------------------------------------------------------------- published scripts
+
+SHARED = {
+    "model": "Semiformer_small_patch16",
+    "data_set": "SEMI-IMNET",
+    "batch_size": 108,
+    "lr": 1e-3,
+    "temperature": 1.0,
+    "threshold": 0.7,
+    "semi_lambda": 4.0,
+    "semi_start_epoch": 30,
+    "pseudo_type": "cnn",
+    "smoothing": 0.1,
+    "unlabel_smooth": False,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "cutmix_minmax": None,
+    "repeated_aug": False,
+    "evaluate_freq": 10,
+    "use_volta32": True,
+    "ngpus": 8,
+    "timeout": 2800,
+    "local": False,
+    "partition": "learnfair",
+    "opt": "adamw",
+    "weight_decay": 0.05,
+    "sched": "cosine",
+    "warmup_epochs": 5,
+    "min_lr": 1e-5,
+}
+SCRIPTS = {
+    "submitit_1to5_300ep_2nodes.sh": {"mu": 0.16667, "epochs": 300, "nodes": 2},
+    "submitit_1to7_300ep_2nodes.sh": {"mu": 0.125, "epochs": 300, "nodes": 2},
+    "submitit_1to7_600ep_1node.sh": {"mu": 0.125, "epochs": 600, "nodes": 1},
+    "submitit_1to7_600ep_4nodes_lr4e-3.sh": {"mu": 0.125, "epochs": 600, "nodes": 4, "lr": 4e-3},
+    "submitit_1to7_600ep_4nodes_smooth.sh": {"mu": 0.125, "epochs": 600, "nodes": 4, "unlabel_smooth": True},
+}
+
+
+def sent(script, tmp_path, *words, **settings):
+    """The command line that a script starts, program first; it is run from a foreign folder."""
+    stub = tmp_path / "python"
+    stub.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/argv\n')
+    stub.chmod(0o755)
+    env = {"PATH": os.environ["PATH"], "PYTHON": str(stub), "DATA_ROOT": "images", "SPLIT": "list.txt", **settings}
+    subprocess.run(["bash", ROOT / "script" / script, *words], check=True, cwd=tmp_path, env=env, timeout=60)
+    return (tmp_path / "argv").read_text().split("\n")[:-1]
+
+
+def test_every_slurm_script_is_known():
+    assert {path.name for path in (ROOT / "script").glob("submitit_*.sh")} == {*SCRIPTS, "submitit_common.sh"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_published_hyper_parameters(script, tmp_path):
+    program, *words = sent(script, tmp_path)
+    args = parse(*words)
+    expected = SHARED | SCRIPTS[script] | {"data_path": "images", "data_split_file": "list.txt"}
+    assert Path(program).resolve() == ROOT / "run_with_submitit.py"
+    assert {key: getattr(args, key) for key in expected} == expected
+    assert options.labelled_and_unlabelled(args) == ((18, 90) if "1to5" in script else (13, 95))
+    options.check(args)
+
+
+def test_script_settings_and_flags_reach_the_launcher(tmp_path):
+    settings = {"PARTITION": "", "SHARED_FOLDER": "my jobs", "COMMENT": "two words"}
+    _, *words = sent("submitit_1to7_300ep_2nodes.sh", tmp_path, "--nodes", "1", "--local", **settings)
+    args = parse(*words)
+    assert (args.partition, args.shared_folder, args.comment) == ("", "my jobs", "two words")
+    assert (args.nodes, args.local, args.epochs) == (1, True, 300)
+
+
+@pytest.mark.parametrize("setting", ["DATA_ROOT", "SPLIT"])
+def test_a_script_without_data_says_what_to_set(tmp_path, setting):
+    with pytest.raises(subprocess.CalledProcessError):
+        sent("submitit_1to7_600ep_1node.sh", tmp_path, **{setting: ""})
+    assert not (tmp_path / "argv").exists()
+
+
+# ------------------------------------------------------------------------------------------- whole jobs
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return make_tree(tmp_path_factory.mktemp("tree"), train=12, val=7, labelled=8)
+
+
+def data(tree):
+    return ["--data-path", str(tree), "--data-split-file", str(tree / "labelled.txt")]
+
+
+def children(pid):
+    """Process ids of the running children of a process."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            ppid = status.read_text().rpartition(")")[2].split()[1]
+        except OSError:  # it has just ended
+            continue
+        found += [int(status.parent.name)] if int(ppid) == pid else []
+    return found
+
+
+def wait_for(condition, process, until):
+    while not condition():
+        assert process.poll() is None and time.monotonic() < until, process.communicate()
+        time.sleep(0.02)
+
+
+def lines(path):
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_an_interrupted_local_job_ends_as_one_never_interrupted(tree, tmp_path):
+    until = time.monotonic() + LIMIT_S
+    words = [*RUN, *data(tree), "--epochs", "3"]
+    semi_main(*words, "--output_dir", tmp_path / "whole", processes=2, timeout=LIMIT_S)
+    # From a foreign folder, and in a session of its own so that what is left after a failure can be ended.
+    launcher = subprocess.Popen(
+        [sys.executable, ROOT / "run_with_submitit.py", *words, "--local", "--ngpus", "2"],
+        cwd=tmp_path, env=QUIET, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        job = int(re.match(r"Job (\d+), folder", launcher.stdout.readline()).group(1))
+        folder = tmp_path / "output/jobs" / str(job)
+        wait_for(lambda: lines(folder / "log.txt"), launcher, until)
+        tasks = children(job)
+        assert len(tasks) == 2
+        for task in tasks:  # as Slurm does, shortly before the time is up
+            os.kill(task, signal.SIGUSR2)
+        out, err = launcher.communicate(timeout=until - time.monotonic())
+    finally:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
+    assert launcher.returncode == 0, out + err
+    assert out.splitlines()[0].startswith(f"Log files: {folder}/{job}_0_log.out")
+    assert out.splitlines()[1:] == [f"Job {job} finished."] and err == ""
+    errors = (folder / f"{job}_0_log.err").read_text() + (folder / f"{job}_0_log.out").read_text()
+    assert "this job is preempted" in errors and errors.count("learning rate:") == 2
+    assert json.loads((folder / "run.json").read_text())["args"]["resume"] == str(folder / "checkpoint.pth")
+    assert lines(folder / "log.txt") == lines(tmp_path / "whole/log.txt") and len(lines(folder / "log.txt")) == 3
+    whole, ours = (torch.load(f / "checkpoint.pth", weights_only=False) for f in (tmp_path / "whole", folder))
+    for key in ("model", "model_ema"):
+        assert all(torch.equal(a, b) for a, b in zip(whole[key].values(), ours[key].values(), strict=True))
+    assert (ours["epoch"], ours["best"]) == (2, whole["best"])
+
+
+def test_a_failed_local_job_ends_with_its_last_words(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "run_with_submitit.py", *RUN, "--data-path", "nowhere", "--local", "--ngpus", "1"],
+        cwd=tmp_path, env=QUIET, capture_output=True, text=True, timeout=LIMIT_S,
+    )  # fmt: skip
+    assert done.returncode == 1 and "finished" not in done.stdout
+    said = done.stderr.splitlines()
+    assert re.match(r"Job \d+ failed, and its log ends with:", said[0]) and len(said) <= 6
+    assert "There is no folder nowhere/train" in said[-1]
+
+
+def test_a_slurm_job_of_two_tasks_trains(slurm, tree):
+    words = [*RUN, *data(tree), "--epochs", "1", "--semi-start-epoch", "0", "--ngpus", "2", "--output_dir", "unused"]
+    run_with_submitit.main(parse(*words))
+    step = {"SLURM_JOB_ID": "4711", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "here"}
+    folder = slurm / "output/jobs/4711"
+    done = subprocess.run(["bash", folder / "4711_submission.sh"], env=QUIET | step | {"PATH": os.environ["PATH"]},
+                          capture_output=True, text=True, timeout=LIMIT_S)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "on 2 process(es); 2 steps an epoch" in done.stdout
+    assert len(lines(folder / "log.txt")) == 1 and (folder / "checkpoint.pth").is_file()
+    assert not (slurm / "unused").exists()
