@@ -26,18 +26,18 @@ STYLES = {"CNN stream": "--", "transformer stream": ":", "both streams, or the o
 CNN, TRANSFORMER, WHOLE = STYLES
 PANELS = (  # title, label of the y axis, {meter: stream}
     ("training loss, total", "nats", {"train_loss": WHOLE}),
-    ("labelled loss by stream", "nats (halved)", {"train_loss_0": CNN, "train_loss_1": TRANSFORMER}),
+    ("labelled loss by stream", "nats / number of streams", {"train_loss_0": CNN, "train_loss_1": TRANSFORMER}),
     (
         "unlabelled loss by stream",
-        "nats (halved)",
+        "nats / number of streams",
         {"train_loss_0_u": CNN, "train_loss_1_u": TRANSFORMER, "train_loss_u": WHOLE},
     ),
-    ("validation top-1, CNN stream", "%", {"test_acc1_head1": CNN}),
-    ("top-1, transformer stream", "%", {"test_acc1_head2": TRANSFORMER}),
-    ("top-1, sum of streams", "%", {"test_acc1": WHOLE}),
+    ("top-1, CNN stream", "% of validation images", {"test_acc1_head1": CNN}),
+    ("top-1, transformer stream", "% of validation images", {"test_acc1_head2": TRANSFORMER}),
+    ("top-1, sum of streams", "% of validation images", {"test_acc1": WHOLE}),
     ("mask rate", "% of unlabelled images", {"train_mask_rate": WHOLE}),
     ("pseudo-label accuracy", "% of those that count", {"train_pseudo_acc": WHOLE}),
-    ("learning rate", "", {"train_lr": WHOLE}),
+    ("learning rate", "per optimizer step", {"train_lr": WHOLE}),
 )
 EMPTY = "not in these logs"
 
@@ -46,7 +46,7 @@ def short_names(folders):
     """As many last parts of the folders' paths as tell all of them apart."""
     parts = [Path(folder).resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-length:]) for part in parts]
+        names = [str(Path(*part[-length:])) for part in parts]
         if len(set(names)) == len(names):
             break
     return names
@@ -66,12 +66,13 @@ def _panel(axis, runs, title, unit, meters):
             if epochs:
                 axis.plot(epochs, values, STYLES[stream], color=colour, marker="o", markersize=1.8, label=stream)
     axis.set(title=title, xlabel="epoch", ylabel=unit)
+    axis.tick_params(labelbottom=True)
     if axis.lines:
         axis.grid(alpha=0.3)
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.ticklabel_format(axis="y", scilimits=(-2, 5), useMathText=True)
     else:
+        axis.tick_params(left=False, labelleft=False)
         axis.text(0.5, 0.5, EMPTY, transform=axis.transAxes, ha="center", va="center", color="#666666")
-        axis.set(xticks=[], yticks=[])
 
 
 def draw(runs):
@@ -83,7 +84,10 @@ def draw(runs):
     with matplotlib.rc_context({"font.size": 8, "axes.titlesize": 8.5, "lines.linewidth": 1.1}):
         height = 6.6 + 0.17 * -(-len(runs) // columns)
         figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
-        axes = figure.subplots(3, 3).flat
+        axes = list(figure.subplots(3, 3, sharex=True).flat)
+        axes[0].xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        for axis in axes[4:6]:
+            axis.sharey(axes[3])  # the three top-1 panels
         for axis, panel in zip(axes, PANELS):
             _panel(axis, runs, *panel)
         drawn = {line.get_label() for axis in axes for line in axis.lines}
