@@ -199,7 +199,7 @@ def refusal(call):
     def probe(args):
         try:
             return call(args)
-        except (ValueError, OSError, NotImplementedError) as error:
+        except (ValueError, OSError) as error:
             return str(error)
 
     return probe
