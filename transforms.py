@@ -4,6 +4,8 @@ Each is a function PIL.Image (RGB) -> float tensor (3, size, size), normalised w
 with its own.
 """
 
+from functools import partial
+
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data import auto_augment as timm_augment
@@ -90,22 +92,19 @@ def weak_view(size):
     return transforms.Compose([transforms.RandomHorizontalFlip(), *_resize_and_crop(size, "reflect"), *_to_tensor()])
 
 
-def _same_size(size):
-    def check(image):
-        if image.size != (size, size):
-            raise ValueError(
-                f"At --input-size {size} (32 or less) images are evaluated as they are, "
-                f"but one is {image.width}x{image.height}: resize the files or use a larger --input-size."
-            )
-        return image
-
-    return check
+def _check_size(image, size):
+    if image.size != (size, size):
+        raise ValueError(
+            f"At --input-size {size} (32 or less) images are evaluated as they are, "
+            f"but one is {image.width}x{image.height}: resize the files or use a larger --input-size."
+        )
+    return image
 
 
 def eval_view(size):
     """The evaluation view: resize of the shorter side, centre crop; neither at sizes up to 32."""
     if size <= 32:
-        return transforms.Compose([_same_size(size), *_to_tensor()])
+        return transforms.Compose([partial(_check_size, size=size), *_to_tensor()])
     return transforms.Compose(
         [transforms.Resize(resized_side(size), interpolation=BICUBIC), transforms.CenterCrop(size), *_to_tensor()]
     )

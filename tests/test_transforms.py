@@ -1,6 +1,7 @@
 """Views: what the flags switch, posterize with no bits left, hand-made versions of every view."""
 
 import copy
+import pickle
 import random
 
 import numpy as np
@@ -399,3 +400,13 @@ def test_two_draws_differ(make):
         for second in seen[i + 1 :]:
             assert (first - second).abs().max() > 0.1
     assert np.array_equal(untouched, np.asarray(image))  # the next view reads the same image
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_views_can_be_sent_to_workers_that_are_not_forked(size):
+    for view in (train_view(size), weak_view(size), eval_view(size)):
+        image = Image.new("RGB", (size, size), (10, 200, 90))
+        torch.manual_seed(0), random.seed(0), np.random.seed(0)
+        here = view(image)
+        torch.manual_seed(0), random.seed(0), np.random.seed(0)
+        assert torch.equal(pickle.loads(pickle.dumps(view))(image), here)
