@@ -49,7 +49,7 @@ KINDS = {
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
 # One quick step of one quick epoch on the tiny tree: 2 of 4 labelled and 2 of 8 unlabelled images.
 TINY = (
-    "--data-set SEMI-IMNET --data-path TREE --data-split-file LIST --model test_resnet --input-size 32 "
+    "--data-set SEMI-IMNET --data-path TREE --data-split-file LIST --model resnet10t --input-size 32 "
     "--drop-path 0 --batch-size 4 --mu 0.5 --epochs 1 --steps-per-epoch 1 --num_workers 0 --mixup 0 "
     "--cutmix 0 --device cpu"
 )
@@ -103,7 +103,7 @@ def places(tmp_path_factory):
     }
     vit = dict(embed_dim=128, depth=3, num_heads=2)
     for word, name, settings in (
-        ("RESNET", "test_resnet", {}),
+        ("RESNET", "resnet10t", {}),
         ("SEMIFORMER", "Semiformer_micro_patch16", {}),
         ("VIT", "vit_tiny_patch16_224", vit),
     ):
@@ -478,7 +478,7 @@ NO_RATIO = "--select-ratio 0.5 means nothing to --data-set IMNET: leave it out."
 NO_LISTS = "--data-set SEMI-PLACES205 needs --split-folder, the folder of semi_ltrain.txt."
 DEIT = "--model deit_tiny_patch16_224 --drop-path 0"
 TWO = "--model Semiformer_micro_patch16 --input-size 32 --drop-path 0"
-RESNET, SEMIFORMER = (len(sevens(name)) for name in ("test_resnet", "Semiformer_micro_patch16"))
+RESNET, SEMIFORMER = (len(sevens(name)) for name in ("resnet10t", "Semiformer_micro_patch16"))
 
 
 def start_rows(name, file, taken, given=""):

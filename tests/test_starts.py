@@ -344,13 +344,13 @@ def tiny(tmp_path_factory):
     root = make_tree(tmp_path_factory.mktemp("tree"), classes=2)
     return (
         f"--data-set SEMI-IMNET --data-path {root} --data-split-file {root / 'labelled.txt'} "
-        "--model test_resnet --input-size 48 --drop-path 0 --batch-size 4 --mu 0.5 --epochs 1 --steps-per-epoch 1 "
+        "--model resnet10t --input-size 48 --drop-path 0 --batch-size 4 --mu 0.5 --epochs 1 --steps-per-epoch 1 "
         "--num_workers 0 --mixup 0 --cutmix 0 --device cpu --model-ema-decay 0.5"
     )
 
 
 def test_the_average_starts_from_the_loaded_weights_and_resume_comes_last(tmp_path, tiny):
-    weights = noisy(network("test_resnet", 2))
+    weights = noisy(network("resnet10t", 2))
     torch.save({"model": weights}, tmp_path / "start.pth")
     for flag in ("--finetune", "--warmup-model-load"):
         line = f"{tiny} {FILES[flag]}".replace("FILE", str(tmp_path / "start.pth"))
@@ -358,7 +358,7 @@ def test_the_average_starts_from_the_loaded_weights_and_resume_comes_last(tmp_pa
         assert all(torch.equal(state.model.state_dict()[key], weights[key]) for key in weights)
         assert all(torch.equal(state.ema.module.state_dict()[key], weights[key]) for key in weights)
         assert state.epoch == -1
-    resumed = noisy(network("test_resnet", 2), seed=5)
+    resumed = noisy(network("resnet10t", 2), seed=5)
     torch.save(resumed, tmp_path / "resumed.pth")
     state = semi_main.Run(parse(f"{line} --resume {tmp_path / 'resumed.pth'}"), torch.device("cpu")).state
     assert all(torch.equal(state.model.state_dict()[key], resumed[key]) for key in resumed)
@@ -428,7 +428,7 @@ def test_failed_downloads_are_one_sentence_and_leave_nothing(tmp_path, server):
 
 def test_finetune_and_resume_take_a_url(tmp_path, server, tiny):
     address, content, _ = server
-    weights = noisy(network("test_resnet", 2))
+    weights = noisy(network("resnet10t", 2))
     content["/start.pth"] = saved({"model": weights}, tmp_path)
     for flag in ("--finetune", "--resume"):
         state = semi_main.Run(parse(f"{tiny} {flag} {address}/start.pth"), torch.device("cpu")).state
@@ -439,7 +439,7 @@ def test_finetune_and_resume_take_a_url(tmp_path, server, tiny):
 
 def test_eval_takes_a_url(tmp_path, server, tiny):
     address, content, _ = server
-    weights = network("test_resnet", 2).state_dict()
+    weights = network("resnet10t", 2).state_dict()
     content["/start.pth"] = saved(weights, tmp_path)
     meters = semi_main.evaluate_checkpoint(parse(f"{tiny} --eval --resume {address}/start.pth"), torch.device("cpu"))
     assert meters["checkpoint"] == f"{address}/start.pth" and math.isfinite(meters["loss"])
