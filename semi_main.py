@@ -364,6 +364,7 @@ def main(args):
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     (evaluate_checkpoint if args.eval else train)(args, device)
     if dist.is_initialized():
+        dist.barrier()  # Leaving one by one, gloo of torch 2.6 sometimes waits for ever.
         dist.destroy_process_group()
 
 
