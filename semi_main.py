@@ -363,8 +363,8 @@ def main(args):
     if args.output_dir:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     (evaluate_checkpoint if args.eval else train)(args, device)
-    if dist.is_initialized():
-        dist.barrier()  # Leaving one by one, gloo of torch 2.6 sometimes waits for ever.
+    # gloo ends with the process; torch 2.6 can hang in its destructor, which waits for a thread that needs the GIL.
+    if dist.is_initialized() and dist.get_backend() == "nccl":
         dist.destroy_process_group()
 
 

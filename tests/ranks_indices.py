@@ -5,8 +5,6 @@ import json
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
-
 import semi_main
 import utils
 from loading import training_loader
@@ -25,4 +23,3 @@ for name, views, order in (
     )
     seen[name] = [int(batch[-1]) for batch in loader]
 Path(out, f"rank{run.rank}.json").write_text(json.dumps(seen))
-dist.destroy_process_group()
