@@ -5,7 +5,8 @@
 For each seed: write the digits as an ImageNet-layout folder, train supervised-only on the labelled images,
 train semi-supervised on the same ones plus the rest for as many optimizer steps, each with two processes under
 torchrun, evaluate both checkpoints, draw the curves. The settings were chosen on seed 10 with `--tune`, which
-evaluates on 300 images of the train part; the 500 test images are used for the result alone.
+evaluates on 300 images of the train part; the 500 test images give the result
+(the README tells of an earlier setting that was dropped after seeing seed 0's).
 """
 
 import argparse
