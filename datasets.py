@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from cifar import cifar
+from fashion import fashion
 from readers import image_csv, image_folder, image_list, inat, read_split, unlabelled_images
-from transforms import CIFAR, cifar_eval_view, cifar_strong_view, cifar_weak_view, eval_view, train_view, weak_view
+from transforms import FIXMATCH, cifar_eval_view, cifar_strong_view, cifar_weak_view, eval_view, train_view, weak_view
 
 
 class Views:
@@ -46,6 +47,10 @@ def _own(args, part):
 
 def _cifar(args, part):
     return cifar(args.data_path, args.data_set, part)
+
+
+def _fashion(args, part):
+    return fashion(args.data_path, part)
 
 
 def _inat(year, args, part):
@@ -104,6 +109,15 @@ def _first_of_each_class(args, samples):
     return np.sort(np.concatenate(list(places)))
 
 
+def _listed_or_first(args, samples):
+    """The images of the split file, or the first of each class."""
+    if args.data_split_file == "None":
+        return _first_of_each_class(args, samples)
+    if args.select_ratio < 1:
+        raise ValueError(f"--data-split-file and --select-ratio {args.select_ratio} both choose labels: keep one.")
+    return read_split(args.data_split_file, samples)
+
+
 # -------------------------------------------------------------------------------- the table
 
 
@@ -139,6 +153,7 @@ DATA_SETS = {
     "SEMI-IMNET": DataSet(_own, _listed_or_drawn, ("--data-split-file", "--select-ratio", "--unlabelled-path")),
     "CIFAR10": _CIFAR_ROW,
     "CIFAR100": _CIFAR_ROW,
+    "FASHION": DataSet(_fashion, _listed_or_first, ("--data-split-file", "--select-ratio", "--unlabelled-path")),
     "INAT": DataSet(partial(_inat, 2018), flags=("--inat-category",)),
     "INAT19": DataSet(partial(_inat, 2019), flags=("--inat-category",)),
     "SEMI-INAT": DataSet(_semi_inat, flags=("--unlabelled-path",), listed=True),
@@ -156,10 +171,10 @@ def _check_flags(args, data_set):
 
 
 def _views(args):
-    """The labelled, the strong and the weak view of the flags; CIFAR's have no flag but --input-size."""
-    if args.data_set in CIFAR:
-        weak = cifar_weak_view(args.input_size, CIFAR[args.data_set])
-        return weak, cifar_strong_view(args.input_size, CIFAR[args.data_set]), weak
+    """The labelled, the strong and the weak view of the flags; CIFAR's and FASHION's have no flag but --input-size."""
+    if args.data_set in FIXMATCH:
+        weak = cifar_weak_view(args.input_size, FIXMATCH[args.data_set])
+        return weak, cifar_strong_view(args.input_size, FIXMATCH[args.data_set]), weak
     strong = train_view(
         args.input_size, args.aa, args.color_jitter, args.train_interpolation, args.reprob, args.remode, args.recount
     )
@@ -223,5 +238,5 @@ def build_validation_set(args, classes=None):
             f"val/ lacks {missing[:10]}, train/ lacks {extra[:10]}."
         )
     size = args.input_size
-    view = cifar_eval_view(size, CIFAR[args.data_set]) if args.data_set in CIFAR else eval_view(size)
+    view = cifar_eval_view(size, FIXMATCH[args.data_set]) if args.data_set in FIXMATCH else eval_view(size)
     return Views(samples, np.arange(len(samples)), view)

@@ -84,19 +84,20 @@ def _data_flags(parser):
         help="root folder of the data set; of your own images, train/ and val/ with a folder a class in each, or "
              "train.csv and val.csv of rows path,label")
     add("--data-set", default="IMNET", type=str,
-        choices=["CIFAR100", "CIFAR10", "IMNET", "SEMI-IMNET", "INAT", "INAT19", "SEMI-INAT",
+        choices=["FASHION", "CIFAR100", "CIFAR10", "IMNET", "SEMI-IMNET", "INAT", "INAT19", "SEMI-INAT",
                  "SEMI-PLACES205", "5PER-SEMI-PLACES205", "1PER-SEMI-PLACES205"],
         help="data set; IMNET, INAT and INAT19 are labelled throughout and train supervised only")
     add("--inat-category", default="name", type=str,
         choices=["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"],
         help="level of the taxonomy that makes the classes of INAT and INAT19")
     add("--data-split-file", default=NONE, type=str,
-        help="file that names the labelled images of SEMI-IMNET, one a line; None: all images are labelled")
+        help="file that names the labelled images of SEMI-IMNET, or their numbers in FASHION's train file, one a "
+             "line; None: all images are labelled")
     add("--split-folder", default=NONE, type=str, help="folder of the lists of labelled, unlabelled and "
         "validation images of Places205")
     add("--select-ratio", default=1.0, type=float,
-        help="share of the training images of SEMI-IMNET and CIFAR that are labelled, above 0 and at most 1; "
-             "below 1 it overrides --data-split-file")
+        help="share of the training images of SEMI-IMNET, CIFAR and FASHION that are labelled, above 0 and at most "
+             "1; below 1 it overrides the --data-split-file of SEMI-IMNET")
     add("--unlabelled-path", default="", type=str, metavar="FOLDER_OR_CSV",
         help="images without classes, all below a folder or listed in a CSV file with paths relative to it: "
              "they are then the unlabelled set, instead of train/; empty: off")

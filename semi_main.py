@@ -251,6 +251,7 @@ class Run:
                 "world_size": self.world,
                 "amp": self.precision,
                 "phases": phases,
+                "images": dict(zip(("labelled", "unlabelled", "validation"), map(len, sizes))),
             }
             utils.write_json(Path(args.output_dir, "run.json"), record)
 

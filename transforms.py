@@ -1,7 +1,7 @@
 """What is done to an image before the network sees it: labelled, strong, weak and evaluation views.
 
-Each is a function PIL.Image (RGB) -> float tensor (3, size, size), normalised with ImageNet's mean and std, CIFAR's
-with its own.
+Each is a function PIL.Image (RGB) -> float tensor (3, size, size), normalised with ImageNet's mean and std, those
+of CIFAR and Fashion-MNIST with their own.
 """
 
 from functools import partial
@@ -15,9 +15,10 @@ from randaugment import rand_augment
 
 BICUBIC = transforms.InterpolationMode.BICUBIC
 IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-CIFAR = {  # data set: mean and std of its colours, 0 to 1
+FIXMATCH = {  # data sets with the views of FixMatch on CIFAR: mean and std of their colours, 0 to 1
     "CIFAR10": ((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)),
     "CIFAR100": ((129.3 / 255, 124.1 / 255, 112.4 / 255), (68.2 / 255, 65.4 / 255, 70.4 / 255)),
+    "FASHION": ((72.9 / 255,) * 3, (90.0 / 255,) * 3),
 }
 
 
@@ -111,13 +112,13 @@ def eval_view(size):
 
 
 def cifar_weak_view(size, colours):
-    """CIFAR's labelled and weak view: flip, resize, random crop with 4 pixels of zeros around; colours: of CIFAR."""
+    """CIFAR's labelled and weak view: flip, resize, random crop with 4 pixels of zeros around; colours: of FIXMATCH."""
     crop = _resize_and_crop(size, "constant")
     return transforms.Compose([transforms.RandomHorizontalFlip(), *crop, *_to_tensor(colours)])
 
 
 def cifar_strong_view(size, colours):
-    """CIFAR's strong view: flip, FixMatch's RandAugment on the 32 px image, then resize and crop as the weak one."""
+    """CIFAR's strong view: flip, FixMatch's RandAugment on the small image, then resize and crop as the weak one."""
     crop = _resize_and_crop(size, "constant")
     augment = transforms.Lambda(rand_augment)
     return transforms.Compose([transforms.RandomHorizontalFlip(), augment, *crop, *_to_tensor(colours)])

@@ -65,3 +65,9 @@ def myresnet152(**kwargs):
 def deit_med_patch16_224(**kwargs):
     """DeiT between small and base: embedding 576, 9 heads; timm has the other three sizes."""
     return build(VisionTransformer, dict(patch_size=16, embed_dim=576, depth=12, num_heads=9), kwargs)
+
+
+@register_model
+def deit_micro_patch16_224(**kwargs):
+    """Ours, for the study on two CPU cores: DeiT-tiny's width, four blocks."""
+    return build(VisionTransformer, dict(patch_size=16, embed_dim=192, depth=4, num_heads=3), kwargs)

@@ -188,6 +188,12 @@ def Semiformer_micro_patch16(**kwargs):
 
 
 @register_model
+def Semiformer_PE_micro_patch16(**kwargs):
+    """Ours, for the study: the same with a learned position embedding."""
+    return build(Semiformer, dict(channel_ratio=2, embed_dim=128, num_heads=2, depth=3, pos_embed=True), kwargs)
+
+
+@register_model
 def Conformer_tiny_patch16(**kwargs):
     """Conformer-Ti: 23.5 M parameters."""
     return build(Semiformer, dict(channel_ratio=1, embed_dim=384, num_heads=6, narrow=True), kwargs)

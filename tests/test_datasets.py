@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from trees import draw, make_cifar, make_inat, make_places, make_semi_inat, paths, tree
+from trees import draw, make_cifar, make_fashion, make_inat, make_places, make_semi_inat, paths, tree
 
 import options
 from datasets import DATA_SETS, Views, build_training_sets, build_validation_set
@@ -190,11 +190,11 @@ OFF = {"--select-ratio": 0.5, "--split-folder": "lists", "--inat-category": "gen
 @pytest.mark.parametrize("name", DATA_SETS)
 def test_flags_without_meaning_are_refused(tmp_path, name, flag):
     meant = {
-        "--select-ratio": {"SEMI-IMNET", "CIFAR10", "CIFAR100"},
+        "--select-ratio": {"SEMI-IMNET", "CIFAR10", "CIFAR100", "FASHION"},
         "--split-folder": {"SEMI-PLACES205", "5PER-SEMI-PLACES205", "1PER-SEMI-PLACES205"},
         "--inat-category": {"INAT", "INAT19"},
         "--unlabelled-path": set(DATA_SETS) - {"IMNET", "INAT", "INAT19"},
-        "--data-split-file": {"SEMI-IMNET", "IMNET"},
+        "--data-split-file": {"SEMI-IMNET", "IMNET", "FASHION"},
     }
     if name in meant[flag]:
         assert flag in DATA_SETS[name].flags
@@ -316,6 +316,27 @@ def test_cifar_with_other_images(tmp_path):
     words = ["--data-set", "CIFAR10", "--unlabelled-path", tmp_path / "more", "--unlabelDataset_exclude_labeledData"]
     _, unlabelled = sets(tmp_path, *words)
     assert len(unlabelled) == 1 and unlabelled[0][0].shape == (3, 32, 32)
+
+
+def test_fashion(tmp_path):
+    labels = make_fashion(tmp_path, train=40, test=6)
+    labelled, unlabelled = sets(tmp_path, "--data-set", "FASHION", "--select-ratio", 0.5)
+    assert labelled.indices.tolist() == list(range(20)) and unlabelled.indices.tolist() == list(range(40))
+    (tmp_path / "list.txt").write_text("31\n7\n")
+    words = ["--data-set", "FASHION", "--data-split-file", tmp_path / "list.txt"]
+    labelled, rest = sets(tmp_path, *words, "--unlabelDataset_exclude_labeledData")
+    assert labelled.indices.tolist() == [31, 7]
+    assert rest.indices.tolist() == [i for i in range(40) if i not in (7, 31)]
+    assert labelled.transforms == rest.transforms[1:]  # labelled = weak
+    strong, weak, target, index = unlabelled[13]
+    assert strong.shape == weak.shape == (3, 32, 32) and (target, index) == (labels[13], 13) == (3, 13)
+    views = build_validation_set(flags("--data-path", tmp_path, "--input-size", 48, "--data-set", "FASHION"))
+    assert len(views) == 6 and views[5][0].shape == (3, 48, 48) and views[5][1:] == (5, 5)
+    (tmp_path / "list.txt").write_text("40\n")
+    with pytest.raises(ValueError, match="list.txt, line 1: '40' is not among the 40 images of .*train-images"):
+        sets(tmp_path, *words)
+    with pytest.raises(ValueError, match="--data-split-file and --select-ratio 0.5 both choose labels: keep one"):
+        sets(tmp_path, *words, "--select-ratio", 0.5)
 
 
 @pytest.mark.parametrize("name, year", [("INAT", 2018), ("INAT19", 2019)])

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from timm.layers import DropBlock2d, DropPath
 from torch import nn
-from trees import make_cifar, make_inat, make_places, make_semi_inat
+from trees import make_cifar, make_fashion, make_inat, make_places, make_semi_inat
 
 import datasets
 import options
@@ -87,6 +87,7 @@ def places(tmp_path_factory):
     (root / "tree3" / "more.csv").write_text("path\ntrain/eel/eel_0.png\ntrain/eel/eel_1.png\n")
     make_cifar(root / "sets", "CIFAR10")
     make_cifar(root / "sets", "CIFAR100", (5,) * 5, 6)
+    make_fashion(root / "sets")
     make_inat(root / "sets", 2018)
     make_inat(root / "sets", 2019, ((0, 1), (1, 2), (0, 3)), ((1, 4),))
     make_semi_inat(root / "sets")
@@ -779,6 +780,7 @@ MORE = [
         ("--data-set", Row("printed line", a, b, described("validation"), expect, OTHERS + given))
         for a, b, given, expect in (
             ("CIFAR10", "CIFAR100", "", (counts(20, 20, 4), counts(25, 25, 6))),
+            ("CIFAR10", "FASHION", "", (counts(20, 20, 4), counts(40, 40, 6))),
             ("SEMI-INAT", "INAT", "", (counts(2, 3, 3), counts(4, 0, 3))),
             ("INAT", "INAT19", "", (counts(4, 0, 3), counts(3, 0, 1))),
             ("SEMI-PLACES205", "5PER-SEMI-PLACES205", " --split-folder LISTS", (counts(4, 6, 2), counts(3, 6, 2))),

@@ -15,7 +15,7 @@ from timm.data import create_transform
 import transforms
 from randaugment import rand_augment
 from transforms import (
-    CIFAR,
+    FIXMATCH,
     cifar_eval_view,
     cifar_strong_view,
     cifar_weak_view,
@@ -330,7 +330,8 @@ def test_a_small_image_of_another_size_is_refused(width, height):
 
 
 CIFAR_COLOURS = {"CIFAR10": ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
-                 "CIFAR100": ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4))}  # fmt: skip
+                 "CIFAR100": ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
+                 "FASHION": ((72.9,) * 3, (90.0,) * 3)}  # fmt: skip
 
 
 def cifar_normalised(pixels, name):
@@ -338,12 +339,12 @@ def cifar_normalised(pixels, name):
     return torch.from_numpy(((pixels - mean) / std).transpose(2, 0, 1)).float()
 
 
-@pytest.mark.parametrize("name", CIFAR)
+@pytest.mark.parametrize("name", FIXMATCH)
 @pytest.mark.parametrize("size, side", [(32, 36), (48, 54), (224, 256)])
 @pytest.mark.parametrize("strong", [False, True])
 def test_cifar_views_equal_hand_made_ones(name, size, side, strong):
     image, flips = noise(32, 32), set()
-    view = (cifar_strong_view if strong else cifar_weak_view)(size, CIFAR[name])
+    view = (cifar_strong_view if strong else cifar_weak_view)(size, FIXMATCH[name])
     for seed in range(6):
         seed_everything(seed)
         seen = view(image)
@@ -361,12 +362,12 @@ def test_cifar_views_equal_hand_made_ones(name, size, side, strong):
     assert flips == {True, False}
 
 
-@pytest.mark.parametrize("name", CIFAR)
+@pytest.mark.parametrize("name", FIXMATCH)
 @pytest.mark.parametrize("size", [32, 16, 48, 224])
 def test_cifar_evaluation_view_equals_a_hand_made_one(name, size):
     image = noise(32, 32)
     expected = cifar_normalised(np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)), name)
-    seen = cifar_eval_view(size, CIFAR[name])(image)
+    seen = cifar_eval_view(size, FIXMATCH[name])(image)
     torch.testing.assert_close(seen, expected, atol=1e-5, rtol=0)
 
 
@@ -386,7 +387,7 @@ def test_strong_and_weak_are_drawn_independently():
 
 
 def cifar_views(size):
-    colours = CIFAR["CIFAR10"]
+    colours = FIXMATCH["CIFAR10"]
     return lambda image: cifar_strong_view(size, colours)(image) + cifar_weak_view(size, colours)(image)
 
 

@@ -1,0 +1,117 @@
+"""Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017) in its idx format: 28x28 grey photos of clothes, 10 classes."""
+
+import gzip
+import hashlib
+import os
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from torchvision.datasets import FashionMNIST
+
+from readers import ArraySource, Samples
+
+CLASSES = tuple(FashionMNIST.classes)
+SIDE = 28
+SUMS = {  # sha256 of the unpacked files
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+OWN_SUMS = "SHA256SUMS"  # as sha256sum writes it
+
+
+class GreySource(ArraySource):
+    """Grey images in memory, uint8 (N, H, W), of a file that a split file names them by: image 17 is `17`."""
+
+    def __init__(self, images, root):
+        super().__init__(images)
+        self.root = root
+
+    def path(self, i):
+        """The name of image i, its number in the file."""
+        return str(int(i))
+
+    def load(self, i):
+        """Image i as RGB, its grey in all three channels."""
+        return super().load(i).convert("RGB")
+
+
+def _fetch(root):
+    """Download the four files, checked by their MD5 sums, into torchvision's place below `root`."""
+    try:
+        # Processes that start together each download: what is moved is whole, and the first one's stays.
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as fresh:
+            FashionMNIST(fresh, download=True)
+            os.rename(Path(fresh, "FashionMNIST"), Path(root, "FashionMNIST"))
+    except (OSError, RuntimeError) as error:
+        if not Path(root, "FashionMNIST").is_dir():
+            raise FileNotFoundError(
+                f"There is no train-images-idx3-ubyte[.gz] in {root} (--data-path) and downloading it failed "
+                f"({' '.join(str(error).split())}): put its four idx files there, as of Debian's dataset-fashion-mnist."
+            ) from error
+
+
+def _folder(root):
+    """Where the idx files are: in `root` itself, or below it where torchvision keeps them; downloaded if nowhere."""
+    places = [Path(root), Path(root, "FashionMNIST", "raw")]
+    if not any(any(place.glob("*-idx?-ubyte*")) for place in places):
+        _fetch(root)
+    return places[0] if any(places[0].glob("*-idx?-ubyte*")) else places[1]
+
+
+def _sums(folder):
+    """{file: sha256}: of the folder's own SHA256SUMS, as a part or another set in this format has it, else SUMS."""
+    path = folder / OWN_SUMS
+    if not path.is_file():
+        return SUMS
+    rows = [line.split() for line in path.read_text().splitlines()]
+    if any(len(row) != 2 or len(row[0]) != 64 for row in rows):
+        raise ValueError(f"{path} is not what sha256sum writes: make it anew, or remove it for Fashion-MNIST itself.")
+    return {name.lstrip("*"): digest for digest, name in rows}
+
+
+def _array(folder, name):
+    """The uint8 array of an idx file, plain or packed with gzip, checked by its sum."""
+    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"There is no {folder / name}[.gz]: put Fashion-MNIST's four idx files there.")
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({error}): fetch it again.") from error
+    if hashlib.sha256(content).hexdigest() != _sums(folder).get(name):
+        raise ValueError(f"{path} is not Fashion-MNIST's, its sha256 differs: fetch it again.")
+    dimensions = content[3]
+    shape = np.frombuffer(content, ">i4", dimensions, offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+
+
+def write_idx(folder, name, array):
+    """Write a uint8 array as an idx file and its sum into the folder's SHA256SUMS: part of a set, or another one."""
+    content = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
+    Path(folder, name).write_bytes(content)
+    with open(Path(folder, OWN_SUMS), "a", encoding="utf-8") as file:
+        file.write(f"{hashlib.sha256(content).hexdigest()}  {name}\n")
+
+
+def fashion(root, part):
+    """Read Fashion-MNIST from its four idx files, plain or with gzip, in `root` or `root/FashionMNIST/raw`.
+
+    Files that are missing are downloaded where that works. Their content is checked by sha256, against SHA256SUMS in
+    their folder if there is one (another set in this format).
+
+    Args:
+        part: 'train' (60,000 images), or 'val': the 10,000 test images.
+    Returns Samples in file order; a split file names an image by its number there, from 0. Raises FileNotFoundError
+    or ValueError naming the file.
+    """
+    folder, prefix = _folder(root), "train" if part == "train" else "t10k"
+    images = _array(folder, name := f"{prefix}-images-idx3-ubyte")
+    targets = _array(folder, f"{prefix}-labels-idx1-ubyte").astype(np.int64)
+    right = images.ndim == 3 and images.shape[1:] == (SIDE, SIDE) and targets.shape == images.shape[:1]
+    if not right or targets.max(initial=0) >= len(CLASSES):
+        raise ValueError(f"{folder / name} and its labels do not fit: {images.shape} images, {targets.shape} labels.")
+    return Samples(GreySource(images, folder / name), targets, CLASSES)

@@ -1,0 +1,92 @@
+"""Fashion-MNIST's idx files: what is read of them, and what is said when they are not right."""
+
+import gzip
+import hashlib
+import struct
+
+import numpy as np
+import pytest
+from trees import make_fashion
+
+import fashion
+from fashion import SUMS, write_idx
+
+FILES = tuple(SUMS)
+
+
+def raw(folder, name):
+    return (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("place", [".", "FashionMNIST/raw"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_images_classes_and_order(tmp_path, place, packed):
+    folder = tmp_path / place
+    folder.mkdir(parents=True, exist_ok=True)
+    make_fashion(folder, train=23, test=4)
+    # By hand: 16 bytes of header before the pixels, 8 before the labels.
+    pixels = {name: raw(folder, name)[16 if "images" in name else 8 :] for name in FILES}
+    assert raw(folder, FILES[0])[:16] == struct.pack(">BBBBiii", 0, 0, 8, 3, 23, 28, 28)
+    if packed:
+        for name in FILES:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(raw(folder, name)))
+            (folder / name).unlink()
+    for part, prefix, n in (("train", "train", 23), ("val", "t10k", 4)):
+        samples = fashion.fashion(tmp_path, part)
+        assert samples.targets.tolist() == list(pixels[f"{prefix}-labels-idx1-ubyte"]) == [i % 10 for i in range(n)]
+        assert samples.classes[0] == "T-shirt/top" and samples.classes[9] == "Ankle boot" and len(samples) == n
+        image = samples.source.load(n - 1)
+        start = 784 * (n - 1)
+        assert image.mode == "RGB" and image.size == (28, 28)
+        for channel in np.asarray(image).reshape(-1, 3).T:
+            assert channel.tobytes() == pixels[f"{prefix}-images-idx3-ubyte"][start : start + 784]
+        assert (samples.source.path(n - 1), samples.source.identity(n - 1)) == (str(n - 1), n - 1)
+
+
+def test_without_own_sums_the_published_ones_are_asked_for(tmp_path):
+    make_fashion(tmp_path)
+    (tmp_path / "SHA256SUMS").unlink()
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte is not Fashion-MNIST's, its sha256 differs"):
+        fashion.fashion(tmp_path, "train")
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda f: (f / FILES[1]).unlink(), "There is no .*train-labels-idx1-ubyte..gz.: put Fashion-MNIST's four"),
+    (lambda f: (f / FILES[0]).write_bytes(raw(f, FILES[0])[:-1]), "train-images.* its sha256 differs"),
+    (lambda f: (f / FILES[0]).rename(f / "x") and (f / f"{FILES[0]}.gz").write_bytes(b"no"), "ubyte.gz is damaged"),
+    (lambda f: (f / "SHA256SUMS").write_text("abc\n"), "SHA256SUMS is not what sha256sum writes"),
+    (lambda f: write_idx(f, FILES[1], np.zeros(3, np.uint8)), "do not fit: .40, 28, 28. images, .3,. labels"),
+    (lambda f: write_idx(f, FILES[1], np.full(40, 10, np.uint8)), "do not fit"),
+    (lambda f: write_idx(f, FILES[0], np.zeros((40, 9, 9), np.uint8)), "do not fit: .40, 9, 9. images"),
+])  # fmt: skip
+def test_what_is_wrong_is_named(tmp_path, spoil, message):
+    make_fashion(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        fashion.fashion(tmp_path, "train")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_downloaded_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(fashion.FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
+    with pytest.raises(FileNotFoundError, match="no train-images.* in .*Debian's dataset-fashion") as caught:
+        fashion.fashion(tmp_path, "train")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_download_lands_where_torchvision_keeps_it(tmp_path, monkeypatch):
+    def download(root, download):
+        folder = tmp_path / root / "FashionMNIST" / "raw"
+        folder.mkdir(parents=True)
+        make_fashion(folder)
+
+    monkeypatch.setattr(fashion, "FashionMNIST", download)
+    assert len(fashion.fashion(tmp_path, "train")) == 40
+    assert [path.name for path in tmp_path.iterdir()] == ["FashionMNIST"]
+
+
+def test_sums_are_those_sha256sum_checks(tmp_path):
+    make_fashion(tmp_path)
+    rows = dict(line.split()[::-1] for line in (tmp_path / "SHA256SUMS").read_text().splitlines())
+    assert rows == {name: hashlib.sha256(raw(tmp_path, name)).hexdigest() for name in FILES}
