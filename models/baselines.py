@@ -5,7 +5,8 @@ from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from models.semiformer import build
+from models.blocks import ConvBlock
+from models.semiformer import build, init_weights
 
 
 class SingleStream:
@@ -24,6 +25,46 @@ def single_stream(model):
     """Turn a timm classifier into a SingleStream, in place; its class becomes a subclass of what it was."""
     model.__class__ = type(type(model).__name__, (SingleStream, type(model)), {})
     return model
+
+
+class ConvStream(nn.Module):
+    """The CNN stream of a two-stream network alone, one stage for each of its three widths, two blocks a stage.
+
+    Args:
+        width: channels of the first stage, which is one block; the second has twice, the third four times as many.
+    """
+
+    def __init__(self, num_classes=1000, width=256, in_chans=3):
+        super().__init__()
+        self.num_classes, self.num_features = num_classes, 4 * width
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False),
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+            nn.MaxPool2d(3, stride=2, padding=1),
+        )
+        shapes = [
+            (64, width, 1),
+            (width, 2 * width, 2),
+            (2 * width, 2 * width, 1),
+            (2 * width, 4 * width, 2),
+            (4 * width, 4 * width, 2),
+        ]
+        self.blocks = nn.ModuleList(ConvBlock(a, b, stride, project=a != b or stride > 1) for a, b, stride in shapes)
+        self.head = nn.Linear(4 * width, num_classes)
+        init_weights(self)
+
+    def forward_features(self, images):
+        """(N, 3, H, W) -> (N, num_features, H/32, W/32)."""
+        x = self.stem(images)
+        for block in self.blocks:
+            x, _ = block(x)
+        return x
+
+    def forward_head(self, x, pre_logits=False):
+        """The map -> logits (N, num_classes), or with `pre_logits` the pooled map."""
+        x = x.mean((2, 3))
+        return x if pre_logits else self.head(x)
 
 
 class MyResNet(nn.Module):
@@ -71,3 +112,9 @@ def deit_med_patch16_224(**kwargs):
 def deit_micro_patch16_224(**kwargs):
     """Ours, for the study on two CPU cores: DeiT-tiny's width, four blocks."""
     return build(VisionTransformer, dict(patch_size=16, embed_dim=192, depth=4, num_heads=3), kwargs)
+
+
+@register_model
+def conv_micro(**kwargs):
+    """Ours, for the study: the CNN stream of Semiformer_micro alone, wider, so that the size is the same."""
+    return build(ConvStream, dict(width=172), kwargs)

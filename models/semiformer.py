@@ -12,6 +12,17 @@ from torch.nn import functional as F
 from models.blocks import ConvBlock, ConvTransBlock, transformer_block
 
 
+def init_weights(network):
+    """The published initial weights of linear and convolution layers; norms and convolution biases keep PyTorch's."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
 class Semiformer(nn.Module):
     """A ViT and a CNN that exchange their features at every stage but the first.
 
@@ -71,7 +82,10 @@ class Semiformer(nn.Module):
         self.conv1 = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self._build_stages(base_channel * channel_ratio, depth, drop_path_rate, narrow, num_med_block)
-        self._init_weights()
+        init_weights(self)
+        trunc_normal_(self.cls_token, std=0.02)
+        if pos_embed:
+            trunc_normal_(self.pos_embed, std=0.02)
 
     def _build_stages(self, width, depth, drop_path_rate, narrow, num_med_block):
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
@@ -94,18 +108,6 @@ class Semiformer(nn.Module):
                 remove_fcu=self.remove_fcu,
             )
             self.add_module(f"conv_trans_{i}", stage)
-
-    def _init_weights(self):
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        trunc_normal_(self.cls_token, std=0.02)
-        if hasattr(self, "pos_embed"):
-            trunc_normal_(self.pos_embed, std=0.02)
 
     def no_weight_decay(self):
         """Parameters AdamW must not decay."""

@@ -152,7 +152,8 @@ def test_position_embedding_is_resized_for_another_input_size():
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", "vit_tiny_patch16_224", "deit_tiny_patch16_224", "myresnet50", "mobilenetv3_small_050"]
+    "name",
+    ["resnet18", "vit_tiny_patch16_224", "deit_tiny_patch16_224", "myresnet50", "mobilenetv3_small_050", "conv_micro"],
 )
 def test_any_timm_classifier_meets_the_contract(name):
     model = build_model(name, 4, img_size=64, drop_path=0.0).eval()

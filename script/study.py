@@ -1,0 +1,176 @@
+"""The paper's claims in miniature, on Fashion-MNIST: named runs of semi_main.py, a table, and plots.
+
+    python script/study.py --suite main --data-path FASHION --seeds 0 1 2 [--device cpu] [--output DIR]
+
+Suites: `main` compares a ViT, a CNN and Semiformer, each on labelled images alone and with pseudo labels; `ablation`
+changes one flag of Semiformer at a time; `smoke` does so for 20 steps and holds that each flag changes what it
+should. A run is a folder, OUTPUT/SUITE/seedN/NAME. Started again, the study skips finished runs, goes on with the
+others, and writes table.md and the plots anew. `--tune` evaluates on train images kept apart, for choosing settings;
+flags after `--` are added to those of every run.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import study_report
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from fashion import fashion, write_idx  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------- named runs
+
+LABELS, VALIDATION = 100, 2000
+COMMON = """--data-set FASHION --input-size 64 --evaluate-freq 1 --warmup-epochs 0 --mixup 0 --cutmix 0
+    --no-repeated-aug --smoothing 0 --drop-path 0 --num_workers 0"""
+LENGTH = "--epochs 4 --steps-per-epoch 250 --no-model-ema"
+SUPERVISED = "--supervise-only --batch-size 8"
+SEMI = "--batch-size 32 --mu 0.25 --threshold 0.9 --semi-lambda 1"
+NETWORKS = {  # within 20 % of one another in parameters
+    "vit": "--model deit_micro_patch16_224 --lr 1e-3",
+    "cnn": "--model conv_micro --lr 1e-3",
+    "semiformer": "--model Semiformer_micro_patch16 --lr 1e-3",
+}
+MAIN = {
+    f"{network}-{how}": f"{COMMON} {LENGTH} {flags} {learning}"
+    for network, flags in NETWORKS.items()
+    for how, learning in (("supervised", SUPERVISED), ("semi", SEMI))
+}
+# What each flag must change, beside the accuracy: meters of the log, or lines of run.json.
+POLICIES = """transformer fuse softmax_fuse Vote_equal Vote_cnnBias Vote_larger Vote_larger2 Vote_equal2 weight_v1
+    weight_v2 weight_v3 weight_v4 weight_v5 weight_v6""".split()
+PSEUDO = ("train_mask_rate", "train_loss_0_u", "train_loss_1_u")
+CHANGES = {  # name: (flags, what must differ from the baseline's)
+    **{f"policy-{name}": (f"--pseudo-type {name}", PSEUDO) for name in POLICIES},
+    "no-fusion": ("--remove-fcu", ("train_loss_0", "train_loss_1")),
+    "threshold": ("--threshold 0.5", ("train_mask_rate",)),
+    "mu": ("--mu 0.125", ("labelled", "unlabelled")),
+    "lambda": ("--semi-lambda 4", ("train_loss",)),
+    "smoothing": ("--smoothing 0.1", ("train_loss_0", "train_loss_1")),
+    "unlabelled-smoothing": ("--smoothing 0.1 --unlabel-smooth", ("train_loss_0_u", "train_loss_1_u")),
+    "ema": ("--model-ema-decay 0.9", ("test_ema_acc1", "test_ema_loss")),
+    "consistency-triplet": ("--dual-consistency", ("train_loss_consistency",)),
+    "consistency-infonce": ("--dual-consistency --consistency-type infonce", ("train_loss_consistency",)),
+    "position-embedding": ("--model Semiformer_PE_micro_patch16", ("n_parameters",)),
+    "labelled-excluded": ("--unlabelDataset_exclude_labeledData", ("unlabelled_images",)),
+}
+BASE = MAIN["semiformer-semi"].replace("--no-model-ema", "--model-ema-decay 0.99")
+ABLATION = {"baseline": BASE} | {name: f"{BASE} {flags}" for name, (flags, _) in CHANGES.items()}
+# So sharp a temperature that a network of no training is sure of something, and a log line every five steps.
+BRIEF = "--epochs 4 --steps-per-epoch 5 --batch-size 16 --temperature 0.05 --threshold 0.7"
+SMOKE = {"baseline": f"{BASE} {BRIEF}"} | {name: f"{BASE} {BRIEF} {flags}" for name, (flags, _) in CHANGES.items()}
+SUITES = {"main": MAIN, "ablation": ABLATION, "smoke": SMOKE}
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+
+def write_part(folder, source, train, val):
+    """Fashion-MNIST's format with train images [0, train) as training and the last `val` as evaluation part."""
+    samples = fashion(source, "train")
+    folder.mkdir(parents=True)
+    for prefix, places in (("train", slice(0, train)), ("t10k", slice(-val, None))):
+        write_idx(folder, f"{prefix}-images-idx3-ubyte", samples.source.images[places])
+        write_idx(folder, f"{prefix}-labels-idx1-ubyte", samples.targets[places].astype(np.uint8))
+
+
+def write_labelled(path, source, labels, seed):
+    """A split file of `labels` images of the train part, as many of each class, drawn by the seed."""
+    targets, rng = fashion(source, "train").targets, np.random.default_rng(seed)
+    drawn = [rng.choice(np.flatnonzero(targets == c), labels // 10, replace=False) for c in range(10)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{i}\n" for i in np.sort(np.concatenate(drawn))))
+
+
+# ---------------------------------------------------------------------------------------------- running
+
+
+def finished(folder, flags):
+    """Whether the run of these flags in this folder reached its last epoch. ValueError where it had other flags."""
+    record = folder / "study.json"
+    if not record.is_file():
+        return False
+    if (was := json.loads(record.read_text()))["flags"] != flags:
+        raise ValueError(f"{folder} was run with other flags ({was['flags']}): remove it or choose another --output.")
+    return was["finished"]
+
+
+def run(folder, flags, threads):
+    """Run semi_main.py with these flags to its end, from its checkpoint if it left one; RuntimeError if it fails."""
+    if finished(folder, flags):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    record, checkpoint, start = folder / "study.json", folder / "checkpoint.pth", time.time()
+    before = json.loads(record.read_text()) if record.is_file() else {"seconds": 0.0, "cpu_seconds": 0.0}
+    resume = ["--resume", str(checkpoint)] if checkpoint.is_file() else []
+    command = [sys.executable, str(ROOT / "semi_main.py"), *flags.split(), "--output_dir", str(folder), *resume]
+    with open(folder / "out.txt", "a", encoding="utf-8") as out:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+        # Not process.wait(): how much of the processors a run took tells more than its time on a shared machine.
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    spent = {"seconds": time.time() - start, "cpu_seconds": used.ru_utime + used.ru_stime}
+    entry = {"flags": flags, "finished": status == 0} | {name: before[name] + spent[name] for name in spent}
+    record.write_text(json.dumps(entry, indent=2) + "\n")
+    print(f"{folder}: {'done' if status == 0 else 'failed'} after {entry['seconds']:.0f} s", flush=True)
+    if status:
+        last = (folder / "out.txt").read_text().strip().splitlines()[-1:]
+        raise RuntimeError(
+            f"{folder} ended with status {process.returncode}: {' '.join(last)} (all of it is in out.txt)"
+        )
+
+
+def run_all(args, folder, data):
+    """Every run of the suite for every seed, `--jobs` at a time."""
+    jobs = []
+    for seed in args.seeds:
+        split = folder / f"seed{seed}/labelled.txt"
+        write_labelled(split, data, args.labels, seed)
+        for name, flags in SUITES[args.suite].items():
+            if not args.only or name in args.only:
+                given = f"--device {args.device} --data-path {data} --data-split-file {split} --seed {seed}"
+                jobs.append((split.parent / name, " ".join(f"{flags} {given} {' '.join(args.flags)}".split())))
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for each in [pool.submit(run, *job, threads) for job in jobs]:
+            each.result()
+
+
+def main():
+    """Parse, run what is missing, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", choices=SUITES, default="main", help="which runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of labelled images and training")
+    parser.add_argument("--data-path", required=True, help="folder of Fashion-MNIST's idx files, or to download to")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, of every run")
+    parser.add_argument("--output", type=Path, default=ROOT / "output/study", help="folder of the runs")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the CPU's cores evenly")
+    parser.add_argument("--labels", type=int, default=LABELS, help="labelled images, a multiple of 10")
+    parser.add_argument("--tune", action="store_true", help=f"evaluate on {VALIDATION} train images kept apart")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these runs of the suite alone")
+    parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="flags of semi_main.py for every run")
+    args = parser.parse_args()
+    folder = (args.output / args.suite).resolve()
+    try:
+        data = Path(args.data_path).resolve()
+        if args.tune or args.suite == "smoke":
+            part = folder / "part"
+            if not part.is_dir():
+                write_part(part, data, *((55_000, VALIDATION) if args.tune else (400, 100)))
+            data = part
+        run_all(args, folder, data)
+        print(study_report.report(args.suite, folder, SUITES[args.suite], args.seeds, CHANGES))
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"study.py: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""The tables and plots of script/study.py, made of nothing but the runs' folders."""
+
+import json
+import statistics
+
+import matplotlib
+from compare_runs import markdown, read_runs, result
+from matplotlib.figure import Figure
+
+DPI = 150
+COLOURS = {"vit": "#D55E00", "cnn": "#009E73", "semiformer": "#0072B2"}  # Okabe and Ito, 2008
+TITLES = {"vit": "ViT", "cnn": "CNN", "semiformer": "Semiformer"}
+STYLES = {"supervised": ("--", "labelled images only"), "semi": ("-", "with pseudo labels")}
+COLUMNS = {
+    "test_acc1": "top-1 %",
+    "test_acc1_head1": "CNN stream %",
+    "test_acc1_head2": "transformer stream %",
+    "train_mask_rate": "mask rate %",
+    "train_pseudo_acc": "pseudo-label acc. %",
+}
+PAIRS = (  # (what is said to be better, meter), (than what, meter)
+    (("semiformer-semi", "test_acc1"), ("semiformer-supervised", "test_acc1")),
+    (("semiformer-semi", "test_acc1_head1"), ("semiformer-supervised", "test_acc1_head1")),
+    (("semiformer-semi", "test_acc1_head2"), ("semiformer-supervised", "test_acc1_head2")),
+    (("semiformer-semi", "test_acc1"), ("cnn-semi", "test_acc1")),
+    (("semiformer-semi", "test_acc1_head1"), ("cnn-semi", "test_acc1")),
+    (("semiformer-semi", "test_acc1_head2"), ("vit-semi", "test_acc1")),
+    (("cnn-semi", "test_acc1"), ("vit-semi", "test_acc1")),
+    (("cnn-semi", "test_acc1"), ("cnn-supervised", "test_acc1")),
+    (("vit-semi", "test_acc1"), ("vit-supervised", "test_acc1")),
+)
+NAMES = {"test_acc1": "", "test_acc1_head1": ", CNN stream", "test_acc1_head2": ", transformer stream"}
+
+
+def minutes(runs, name):
+    """Mean `seconds` (wall) or `cpu_seconds` of runs, all their attempts together, in minutes as text."""
+    times = [json.loads((run.folder / "study.json").read_text())[name] for run in runs]
+    return f"{statistics.fmean(times) / 60:.1f} min"
+
+
+def results(found):
+    """The table of all runs: {name: [Run of each seed]} -> Markdown."""
+    rows = []
+    for name, runs in found.items():
+        flags, last = runs[0].flags, runs[0].last
+        steps = (last["epoch"] + 1) * flags["steps_per_epoch"]
+        times = [minutes(runs, "seconds"), minutes(runs, "cpu_seconds")]
+        figures = [result(runs, meter) for meter in COLUMNS]
+        rows.append([name, f"{last['n_parameters'] / 1e6:.2f} M", *figures, len(runs), steps, *times])
+    return markdown(["run", "parameters", *COLUMNS.values(), "seeds", "steps", "time", "CPU time"], rows, 1)
+
+
+def paired(found, pairs):
+    """The table of differences seed by seed: mean, its standard error, and in how many seeds it is above zero."""
+    rows = []
+    for (better, meter), (worse, other) in pairs:
+        if better not in found or worse not in found:
+            continue
+        differences = [a.last[meter] - b.last[other] for a, b in zip(found[better], found[worse])]
+        mean, n = statistics.fmean(differences), len(differences)
+        error = statistics.stdev(differences) / n**0.5 if n > 1 else None
+        each = " / ".join(f"{x:+.1f}" for x in differences)
+        wins = f"{sum(x > 0 for x in differences)} of {n}"
+        rest = [f"{error:.2f}", f"{mean / error:.1f}" if error else "-"] if n > 1 else ["-", "-"]
+        rows.append([f"{better}{NAMES[meter]}", f"{worse}{NAMES[other]}", each, f"{mean:+.2f}", *rest, wins])
+    header = ["top-1 of", "minus", "each seed", "mean", "standard error (s.e.)", "mean / s.e.", "above 0"]
+    return markdown(header, rows, 2)
+
+
+def differences(folder, changes):
+    """The smoke table, and the names of flags that changed nothing they should."""
+    rows, same = [], []
+    base = quantities(folder / "baseline")
+    for name, (flags, meters) in changes.items():
+        changed = quantities(folder / name)
+        first = next((meter for meter in meters if base[meter] != changed[meter]), None)
+        if first is None:
+            same.append(name)
+        shown = first or meters[0]
+        rows.append([name, f"`{flags}`", shown, f"{base[shown]:.6g}", f"{changed[shown]:.6g}", first is not None])
+    return markdown(["run", "flags", "quantity", "baseline", "changed", "differs"], rows, 3), same
+
+
+def quantities(folder):
+    """{name: number}: the first log line of a run, how it splits a batch, and how many images it has."""
+    record = json.loads((folder / "run.json").read_text())
+    first = json.loads((folder / "log.txt").read_text().splitlines()[0])
+    split = {name: n for phase in record["phases"].values() for name, n in phase.items()}
+    images = {f"{name}_images": n for name, n in record["images"].items()}
+    return {"train_loss_consistency": 0.0} | images | split | {k: v for k, v in first.items() if v is not None}
+
+
+def _curve(axis, runs, meter, style, colour, label, scale=1):
+    for i, run in enumerate(runs):
+        points = [(line["epoch"] + 1, line[meter]) for line in run.log if line.get(meter) is not None]
+        if points:
+            steps, values = zip(*points)
+            steps = [n * run.flags["steps_per_epoch"] for n in steps]
+            axis.plot(steps, [scale * v for v in values], style, color=colour, marker="o", markersize=2.5,
+                      linewidth=1.2, label=label if i == 0 else None)  # fmt: skip
+
+
+def draw_accuracy(found, path):
+    """Top-1 over steps: a panel a network, and one of Semiformer's transformer stream beside the ViT alone."""
+    with matplotlib.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(8.3, 3.2), dpi=DPI, layout="constrained")
+        axes = figure.subplots(1, 4, sharey=True)
+        for axis, network in zip(axes, TITLES):
+            for how, (style, label) in STYLES.items():
+                runs = found.get(f"{network}-{how}", [])
+                _curve(axis, runs, "test_acc1", style, COLOURS[network], label)
+            axis.set_title(TITLES[network] + (", sum of streams" if network == "semiformer" else ""), fontsize=9)
+        for how, (style, label) in STYLES.items():
+            runs = found.get(f"semiformer-{how}", [])
+            _curve(axes[3], runs, "test_acc1_head2", style, COLOURS["semiformer"], f"Semiformer, {label}")
+        _curve(axes[3], found.get("vit-semi", []), "test_acc1", "-", COLOURS["vit"], "ViT alone, with pseudo labels")
+        axes[3].set_title("transformer stream", fontsize=9)
+        for axis in axes:
+            axis.set_xlabel("optimizer steps")
+            axis.grid(alpha=0.3)
+            if axis.lines:
+                axis.legend(fontsize=6.5, loc="lower right", frameon=False)
+        axes[0].set_ylabel("top-1, % of test images")
+        figure.savefig(path)
+
+
+def draw_pseudo_labels(found, path):
+    """Mask rate and pseudo-label accuracy over steps, a colour a network, a line a seed."""
+    panels = {
+        "train_mask_rate": "mask rate, % of unlabelled images",
+        "train_pseudo_acc": "right, % of those that count",
+    }
+    with matplotlib.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(8.3, 3.2), dpi=DPI, layout="constrained")
+        for axis, (meter, label) in zip(figure.subplots(1, 2), panels.items()):
+            for network, title in TITLES.items():
+                _curve(axis, found.get(f"{network}-semi", []), meter, "-", COLOURS[network], title, 100)
+            axis.set(xlabel="optimizer steps", ylabel=label)
+            axis.grid(alpha=0.3)
+            if axis.lines:
+                axis.legend(frameon=False)
+        figure.savefig(path)
+
+
+def report(suite, folder, names, seeds, changes):
+    """Write table.md and the plots of a suite into its folder; returns the text.
+
+    Runs that some seed lacks are left out. Raises RuntimeError where a flag of the smoke suite changed nothing.
+    """
+    have = [name for name in names if all((folder / f"seed{s}" / name / "log.txt").is_file() for s in seeds)]
+    if suite == "smoke":
+        text, same = differences(folder / f"seed{seeds[0]}", changes)
+        (folder / "table.md").write_text(text + "\n")
+        if same:
+            raise RuntimeError(f"{', '.join(same)} changed nothing they should: see {folder / 'table.md'}.")
+        return text
+    found = {name: read_runs([folder / f"seed{seed}" / name for seed in seeds]) for name in have}
+    baseline = ("baseline", "test_acc1")
+    pairs = PAIRS if suite == "main" else [((name, "test_acc1"), baseline) for name in have if name != "baseline"]
+    text = f"{results(found)}\n\n{paired(found, pairs)}"
+    (folder / "table.md").write_text(text + "\n")
+    if suite == "main":
+        draw_accuracy(found, folder / "accuracy.png")
+        draw_pseudo_labels(found, folder / "pseudo_labels.png")
+    return text

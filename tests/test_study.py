@@ -1,0 +1,140 @@
+"""script/study.py: its runs are semi_main.py's, interrupted ones go on, and its tables are right by hand."""
+
+import importlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from test_compare import cells, make_run, record
+from trees import ROOT, make_fashion
+
+import fashion
+import options
+
+sys.path.append(str(ROOT / "script"))
+study = importlib.import_module("study")
+study_report = importlib.import_module("study_report")
+
+TINY = "--model Semiformer_micro_patch16 --input-size 32 --batch-size 4 --mu 0.5 --epochs 2 --steps-per-epoch 1"
+
+
+def parse(flags):
+    return options.get_args_parser().parse_args(flags.split())
+
+
+@pytest.mark.parametrize("suite", study.SUITES)
+def test_every_named_run_is_a_command_line_of_semi_main(suite):
+    for flags in study.SUITES[suite].values():
+        options.check(parse(flags))
+
+
+def test_main_compares_three_networks_of_a_size_at_equal_steps_and_labelled_images():
+    args = {name: parse(flags) for name, flags in study.MAIN.items()}
+    assert sorted(args) == sorted(f"{n}-{how}" for n in ("vit", "cnn", "semiformer") for how in ("supervised", "semi"))
+    assert {(a.epochs, a.steps_per_epoch, a.input_size) for a in args.values()} == {(4, 250, 64)}
+    labelled = {options.labelled_and_unlabelled(a)[0] for a in args.values() if options.semi_supervised(a)}
+    assert labelled | {a.batch_size for a in args.values() if a.supervise_only} == {8}
+    sizes = [sum(p.numel() for p in models_of(a).parameters()) for a in args.values()]
+    assert all(abs(size / sizes[-1] - 1) <= 0.2 for size in sizes)  # of Semiformer's
+
+
+def models_of(args):
+    return importlib.import_module("models").build_model(args.model, 10, args.input_size)
+
+
+def test_smoke_covers_all_policies_and_every_ablation_is_in_both_suites():
+    policies = {parse(flags).pseudo_type for flags in study.SMOKE.values()}
+    assert policies == set(importlib.import_module("pseudo_labels").POLICIES) and len(policies) == 15
+    assert list(study.SMOKE) == list(study.ABLATION) == ["baseline", *study.CHANGES]
+
+
+def test_labelled_images_are_as_many_of_each_class_and_drawn_by_the_seed(tmp_path):
+    make_fashion(tmp_path, train=200)
+    targets = fashion.fashion(tmp_path, "train").targets
+    lists = []
+    for seed in (0, 1, 0):
+        study.write_labelled(tmp_path / "list.txt", tmp_path, 40, seed)
+        lists.append([int(line) for line in (tmp_path / "list.txt").read_text().splitlines()])
+        assert np.bincount(targets[lists[-1]]).tolist() == [4] * 10
+    assert lists[0] == lists[2] != lists[1]
+
+
+def test_a_part_keeps_evaluation_images_out_of_training(tmp_path):
+    make_fashion(tmp_path, train=50)
+    study.write_part(tmp_path / "part", tmp_path, 30, 12)
+    whole = fashion.fashion(tmp_path, "train")
+    for part, places in (("train", range(30)), ("val", range(38, 50))):
+        samples = fashion.fashion(tmp_path / "part", part)
+        assert samples.targets.tolist() == whole.targets[places].tolist()
+        assert np.array_equal(samples.source.images, whole.source.images[places])
+
+
+def start(folder, *words):
+    command = [sys.executable, ROOT / "script/study.py", "--output", folder, "--data-path", folder, *words]
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
+
+
+def test_runs_are_skipped_when_finished_and_go_on_when_not(tmp_path):
+    make_fashion(tmp_path, train=40, test=5)
+    words = ["--only", "semiformer-semi", "--labels", 20, "--", *TINY.split()]
+    assert start(tmp_path, *words).returncode == 0
+    run = tmp_path / "main/seed0/semiformer-semi"
+    finished, log = json.loads((run / "study.json").read_text()), (run / "log.txt").read_text()
+    assert len(log.splitlines()) == 2 and finished["finished"] and (run.parent.parent / "accuracy.png").is_file()
+    before = (run / "out.txt").read_text()
+    assert start(tmp_path, *words).returncode == 0 and (run / "out.txt").read_text() == before
+    (run / "study.json").unlink()  # as if it had been killed after its last save
+    assert start(tmp_path, *words).returncode == 0
+    assert "Nothing left to train" in (run / "out.txt").read_text() and (run / "log.txt").read_text() == log
+    other = start(tmp_path, *words, "--lr", "0.5")
+    assert other.returncode == 1 and "study.py: error: " in other.stderr and "was run with other flags" in other.stderr
+    wrong = start(tmp_path / "none")
+    assert wrong.returncode == 1 and wrong.stderr.startswith("study.py: error: ") and wrong.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def two_seeds(tmp_path):
+    """Semiformer with and without pseudo labels, and a CNN, in two seeds."""
+    figures = {
+        "semiformer-semi": [(80, 81, 70), (90, 85, 75)],
+        "semiformer-supervised": [(75, 76, 50), (88, 86, 45)],
+        "cnn-semi": [(74, None, None), (72, None, None)],
+    }
+    for name, seeds in figures.items():
+        for seed, last in enumerate(seeds):
+            records = [record(0, 10, 10, 10) | {"n_parameters": 1}, record(1, *last) | {"n_parameters": 2_500_000}]
+            folder = make_run(tmp_path / f"seed{seed}" / name, records, seed=seed, steps_per_epoch=250)
+            (folder / "study.json").write_text(json.dumps({"seconds": 60.0 + 60 * seed, "cpu_seconds": 30}))
+    return tmp_path
+
+
+def test_the_main_report_by_hand(two_seeds):
+    text = study_report.report("main", two_seeds, study.MAIN, [0, 1], {})
+    rows, pairs = (cells(part) for part in text.split("\n\n"))
+    assert rows[1] == ["cnn-semi", "2.50 M", "73.00 ± 1.41", "-", "-", "-", "-", "2", "500", "1.5 min", "0.5 min"]
+    assert [row[0] for row in rows[1:]] == ["cnn-semi", "semiformer-supervised", "semiformer-semi"]
+    assert rows[3][2:5] == ["85.00 ± 7.07", "83.00 ± 2.83", "72.50 ± 3.54"]
+    found = {(row[0], row[1]): row[2:] for row in pairs[1:]}
+    # 5 and 2: mean 3.5, deviation 2.12, standard error 1.5
+    assert found["semiformer-semi", "semiformer-supervised"] == ["+5.0 / +2.0", "+3.50", "1.50", "2.3", "2 of 2"]
+    stream = ("semiformer-semi, CNN stream", "semiformer-supervised, CNN stream")
+    assert found[stream] == ["+5.0 / -1.0", "+2.00", "3.00", "0.7", "1 of 2"]
+    assert len(found) == 5 and (two_seeds / "table.md").read_text() == text + "\n"
+    assert {path.name for path in two_seeds.glob("*.png")} == {"accuracy.png", "pseudo_labels.png"}
+
+
+def test_smoke_fails_where_a_flag_changes_nothing(tmp_path):
+    changes = {"lambda": ("--semi-lambda 4", ("train_loss",)), "mu": ("--mu 0.125", ("labelled",))}
+    for name, loss, labelled in (("baseline", 1.0, 4), ("lambda", 1.5, 4), ("mu", 1.0, 4)):
+        folder = make_run(tmp_path / "seed0" / name, [{"epoch": 0, "train_loss": loss}])
+        extra = {"phases": {"semi-supervised": {"labelled": labelled}}, "images": {"unlabelled": 9}}
+        (folder / "run.json").write_text(json.dumps(json.loads((folder / "run.json").read_text()) | extra))
+    with pytest.raises(RuntimeError, match="^mu changed nothing they should"):
+        study_report.report("smoke", tmp_path, [], [0], changes)
+    rows = cells((tmp_path / "table.md").read_text())
+    assert rows[1:] == [
+        ["lambda", "`--semi-lambda 4`", "train_loss", "1", "1.5", "True"],
+        ["mu", "`--mu 0.125`", "labelled", "4", "4", "False"],
+    ]
