@@ -13,6 +13,8 @@ from PIL import Image
 from timm.utils.misc import natural_key
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from images import read_rgb
+
 
 class FileSource:
     """Image files below a root, their relative paths in two arrays that worker processes share without copying."""
@@ -37,13 +39,8 @@ class FileSource:
         return os.path.normpath(os.path.join(self._folder, self.path(i)))
 
     def load(self, i):
-        """Image i as RGB. Raises OSError naming the file that cannot be read."""
-        path = self.root / self.path(i)
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
-            raise OSError(f"Cannot read the image {path}: {error}") from error
+        """Image i as RGB, as `images.read_rgb` makes it. Raises UnreadableImage naming the file."""
+        return read_rgb(self.root / self.path(i))[0]
 
 
 class ArraySource:
