@@ -82,10 +82,10 @@ class Samples:
 # -------------------------------------------------------------------------------- folders
 
 
-def _images_below(root, name=""):
+def images_below(root, name=""):
     """Paths, relative to `root`, of all images below `root/name`; hidden files and folders are left out."""
     paths = []
-    for folder, folders, files in os.walk(root / name, followlinks=True):
+    for folder, folders, files in os.walk(os.path.join(root, name), followlinks=True):
         folders[:] = (each for each in folders if not each.startswith("."))
         shown = (file for file in files if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith("."))
         images = (os.path.join(folder, file) for file in shown)
@@ -115,7 +115,7 @@ def image_folder(root):
         raise ValueError(f"{root} holds no class folders: its images must lie in {root}/<class>/.")
     paths, targets = [], []
     for target, name in enumerate(classes):
-        files = _images_below(root, name)
+        files = images_below(root, name)
         if not files:
             raise ValueError(f"The class folder {root / name} holds no image: fill it or remove it.")
         paths += sorted(files)
@@ -133,7 +133,7 @@ def unlabelled_images(path):
     if not path.is_dir():
         root, paths = path.parent, list(_csv_rows(path, "--unlabelled-path", "folder or CSV file"))
     else:
-        root, paths = path, sorted(_images_below(path))
+        root, paths = path, sorted(images_below(path))
     if not paths:
         raise ValueError(f"There is no image in {path} (--unlabelled-path).")
     return Samples(_files(root, paths, path), np.full(len(paths), -1), ())
