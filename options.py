@@ -4,6 +4,7 @@ A flag keeps its published name, type and default; tests/test_options.py freezes
 """
 
 import argparse
+import math
 
 import torch
 
@@ -332,6 +333,10 @@ def check(args):
             value = _value(args, flag)
             if not holds(value):
                 raise ValueError(f"{flag} {value} {rule}")
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"--{name.replace('_', '-')} {number} must be a finite number")
     requested_amp(args)
     if not args.eval:
         _check_shares(args)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from timm.utils.misc import natural_key
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from images import read_rgb
@@ -94,7 +93,14 @@ def images_below(root, name=""):
 
 
 def _in_natural_order(names):
-    return sorted(names, key=lambda name: (natural_key(name), name))
+    """Sorted as timm sorts: small letters, runs of digits by their number. timm's own key fails on a name like '²'."""
+
+    def key(name):
+        parts = re.split("([0-9]+)", name.lower())
+        parts[1::2] = ((len(number), number) for number in (digits.lstrip("0") for digits in parts[1::2]))
+        return parts, name
+
+    return sorted(names, key=key)
 
 
 def image_folder(root):
@@ -243,7 +249,8 @@ def _listed(path, root, flag, labelled):
 def image_list(path, root, flag, *others, labelled=True):
     """Read a list of images: a line `path target` or `path,target` each, paths relative to the folder `root`.
 
-    With `labelled` False lines may end after the path: their target is -1. Returns Samples; the classes are the
+    With `labelled` False lines may end after the path: their target is -1. A line that comes twice is an image twice,
+    as in the released code. Returns Samples; the classes are the
     numbers from 0 to the largest target in it and in the labelled lists `others`, of whose images none need exist.
     Raises FileNotFoundError or ValueError naming the file, and `flag`, or the line: a list that is missing,
     images none of which is there, a line without a target, a path that leaves the folder.

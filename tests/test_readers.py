@@ -2,16 +2,19 @@
 
 import json
 import os
+import random
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.utils.misc import natural_key
 from trees import draw, make_inat, make_list, paths, tree
 
 from readers import (
     ArraySource,
     FileSource,
+    _in_natural_order,
     image_csv,
     image_folder,
     image_list,
@@ -32,6 +35,13 @@ def test_classes_are_in_natural_order(tmp_path):
     assert samples.classes == ("3", "Class1", "class02", "class2", "class10", "other")
     assert paths(samples) == [f"{name}/a.jpg" for name in samples.classes]
     assert samples.targets.tolist() == [0, 1, 2, 3, 4, 5] and samples.targets.dtype == np.int64
+
+
+def test_the_order_is_timms():
+    rng = random.Random(0)
+    names = sorted({"".join(rng.choices("aB01290_-. é", k=rng.randrange(1, 9))) for _ in range(500)})
+    assert _in_natural_order(names) == sorted(names, key=lambda name: (natural_key(name), name))
+    assert _in_natural_order(["²", "a" + 5000 * "1", "a2"]) == ["a2", "a" + 5000 * "1", "²"]
 
 
 def test_synsets_are_in_plain_order(tmp_path):
