@@ -249,11 +249,10 @@ def _listed(path, root, flag, labelled):
 def image_list(path, root, flag, *others, labelled=True):
     """Read a list of images: a line `path target` or `path,target` each, paths relative to the folder `root`.
 
-    With `labelled` False lines may end after the path: their target is -1. A line that comes twice is an image twice,
-    as in the released code. Returns Samples; the classes are the
-    numbers from 0 to the largest target in it and in the labelled lists `others`, of whose images none need exist.
-    Raises FileNotFoundError or ValueError naming the file, and `flag`, or the line: a list that is missing,
-    images none of which is there, a line without a target, a path that leaves the folder.
+    With `labelled` False lines may end after the path: their target is -1. A line that comes twice is an image twice.
+    Returns Samples; the classes are the numbers from 0 to the largest target in it and in the labelled lists `others`,
+    of whose images none need exist. Raises FileNotFoundError or ValueError naming the file, and `flag`, or the line: a
+    list that is missing, images none of which is there, a line without a target, a path that leaves the folder.
     """
     paths, targets = _listed(path, root, flag, labelled)
     largest = max(map(max, [targets, *(_listed(other, root, flag, True)[1] for other in others)]))
