@@ -4,12 +4,14 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, takewhile
 from pathlib import Path
 
 import numpy as np
 
 from cifar import cifar
 from fashion import fashion
+from images import UnreadableImage
 from readers import image_csv, image_folder, image_list, inat, read_split, unlabelled_images
 from transforms import FIXMATCH, cifar_eval_view, cifar_strong_view, cifar_weak_view, eval_view, train_view, weak_view
 
@@ -19,18 +21,72 @@ class Views:
 
     Labelled and evaluation images have one view, unlabelled ones two, strong and weak, drawn independently.
     `index` is the image's place in `samples`.
+
+    Where an image is unreadable the next one of `indices` that can be read stands in for it, after the last one the
+    first: always the same, and target and index are its own. Evaluation replaces nothing, because the accuracy would
+    be that of other images.
+
+    Args:
+        tolerated: how many different images may be unreadable, None for evaluation: none, and none is replaced.
+
+    Attributes:
+        met: indices of the unreadable images this process met in this epoch; kept by `loading.watched`.
+        unreadable: those of all processes in the epochs before, since this process started.
     """
 
-    def __init__(self, samples, indices, *transforms):
+    def __init__(self, samples, indices, *transforms, tolerated=None):
         self.samples, self.indices, self.transforms = samples, np.asarray(indices, dtype=np.int64), transforms
+        self.tolerated, self.met, self.unreadable = tolerated, set(), set()
 
     def __len__(self):
         return len(self.indices)
 
     def __getitem__(self, i):
-        index = int(self.indices[i])
-        image = self.samples.source.load(index)
-        return *(view(image) for view in self.transforms), int(self.samples.targets[index]), index
+        """Raises UnreadableImage in evaluation, and where more images in a row are unreadable than are tolerated."""
+        unreadable = []
+        for index in self._from(i):
+            try:
+                image = self.samples.source.load(index)
+            except UnreadableImage as error:
+                if self.tolerated is None:
+                    raise UnreadableImage(f"{error}; evaluation replaces no image: mend or remove this one.") from error
+                unreadable.append(index)
+                self.check(unreadable)
+            else:
+                return *(view(image) for view in self.transforms), int(self.samples.targets[index]), index
+        raise UnreadableImage(f"None of the {len(self)} images in {self.samples.source.root} can be read.")
+
+    def _from(self, i):
+        """The indices from place i on, once round."""
+        return map(int, chain(self.indices[i:], self.indices[:i]))
+
+    def replaced(self, places, given):
+        """Of images asked for by their `places`, (B,), those that are not in the batch: their indices, a list.
+
+        `given`, (B,), has the indices in the batch. What lies between the two is unreadable as well.
+        """
+        found, given = [], np.asarray(given)
+        for k in np.flatnonzero(self.indices[places] != given):
+            found += takewhile(given[k].__ne__, self._from(places[k]))
+        return list(dict.fromkeys(found))
+
+    def why(self, index):
+        """Why the image of this index is unreadable, its path in it."""
+        try:
+            self.samples.source.load(index)
+        except UnreadableImage as error:
+            return str(error)
+        return f"{self.samples.source.path(index)} could not be read, and now it can: look after its disk"
+
+    def check(self, unreadable):
+        """Raise UnreadableImage, naming some of them, if these indices are more than are tolerated."""
+        if len(unreadable) > self.tolerated:
+            names = [self.samples.source.path(index) for index in sorted(unreadable)]
+            raise UnreadableImage(
+                f"At least {len(names)} of {len(self)} images in {self.samples.source.root} cannot be read and "
+                f"--max-bad-images allows {self.tolerated}: {', '.join(names[:3])}{', ...' if names[3:] else ''}; "
+                "script/check_images.py finds all."
+            )
 
 
 # -------------------------------------------------------------------------------- reading: (args, part) -> Samples
@@ -199,6 +255,12 @@ def _unlabelled(args, data_set, samples, labelled):
     return pool, np.array(others)
 
 
+def _tolerated(args, indices):
+    """How many unreadable images --max-bad-images allows in a set: a share of it below 1, else a number."""
+    limit = args.max_bad_images
+    return int(limit if limit >= 1 else limit * len(indices) + 1e-9)
+
+
 def build_training_sets(args, semi_supervised):
     """The labelled and, if `semi_supervised`, the unlabelled set of the flags: Views, and Views or None.
 
@@ -214,11 +276,11 @@ def build_training_sets(args, semi_supervised):
     if not len(indices):
         raise ValueError(f"--select-ratio {args.select_ratio} labels none of {len(samples)} train images: raise it.")
     labelled, *both = _views(args)
-    labelled_views = Views(samples, indices, labelled)
+    labelled_views = Views(samples, indices, labelled, tolerated=_tolerated(args, indices))
     if not semi_supervised:
         return labelled_views, None
     pool, others = _unlabelled(args, data_set, samples, indices)
-    return labelled_views, Views(pool, others, *both)
+    return labelled_views, Views(pool, others, *both, tolerated=_tolerated(args, others))
 
 
 def build_validation_set(args, classes=None):

@@ -3,8 +3,9 @@
 import torch
 from torch.utils.data import DataLoader
 
+from images import UnreadableImage
 from samplers import Passes, evaluation_order
-from utils import derived_seed
+from utils import derived_seed, gather, say, tell
 
 
 def training_loader(views, order, batch_size, steps, *, seed, epoch, rank, num_workers, pin_memory, stream):
@@ -18,7 +19,8 @@ def training_loader(views, order, batch_size, steps, *, seed, epoch, rank, num_w
     return DataLoader(
         views,
         batch_size=batch_size,
-        sampler=Passes(order, epoch, steps * batch_size),
+        # A list: `watched` goes through it beside the loader, and the order has only one place to be at.
+        sampler=list(Passes(order, epoch, steps * batch_size)),
         num_workers=num_workers,
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(derived_seed(seed, epoch, rank, stream)),
@@ -34,6 +36,48 @@ def evaluation_loader(views, batch_size, *, world, rank, num_workers, pin_memory
         num_workers=num_workers,
         pin_memory=pin_memory,
     )
+
+
+def watched(loader):
+    """The batches of a loader of Views; an unreadable image is told of the first time another one stands in for it.
+
+    The index asked for and the one in the batch tell, so nothing else travels and the device is not asked. Raises
+    UnreadableImage, one sentence, for what Views cannot replace and for more unreadable images than they tolerate:
+    counted on this process, and on all those of epochs before.
+    """
+    views = loader.dataset
+    try:
+        for batch, places in zip(loader, loader.batch_sampler):
+            if replaced := views.replaced(places, batch[-1]):
+                for index in replaced:
+                    if index not in views.met | views.unreadable:
+                        tell(f"{views.why(index)}; the next readable image stands in for it.")
+                    views.met.add(index)
+                views.check(views.met | views.unreadable)
+            yield batch
+    except UnreadableImage as error:
+        # What a worker raised arrives as text, its traceback first.
+        raise UnreadableImage(str(error).rsplit("UnreadableImage: ", 1)[-1].strip()) from error
+
+
+def count_unreadable(*sets):
+    """How many different images were unreadable in the epoch that ends, over all ranks, which must all call it.
+
+    Args:
+        sets: training sets, Views or None.
+    Raises UnreadableImage on all ranks together where more were since the start of these processes than a set
+    tolerates. A run that goes on from a checkpoint counts anew against the limit; an epoch's own count is the same.
+    """
+    count = 0
+    for views in sets:
+        if views is not None:
+            met = set().union(*gather(views.met))
+            views.met, views.unreadable = set(), views.unreadable | met
+            views.check(views.unreadable)
+            count += len(met)
+    if count:
+        say(f"Unreadable images in this epoch: {count}.")
+    return count
 
 
 def to_device(loader, device):

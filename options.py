@@ -4,6 +4,7 @@ A flag keeps its published name, type and default; tests/test_options.py freezes
 """
 
 import argparse
+import math
 
 import torch
 
@@ -101,6 +102,9 @@ def _data_flags(parser):
     add("--unlabelled-path", default="", type=str, metavar="FOLDER_OR_CSV",
         help="images without classes, all below a folder or listed in a CSV file with paths relative to it: "
              "they are then the unlabelled set, instead of train/; empty: off")
+    add("--max-bad-images", default=0.001, type=float, metavar="N",
+        help="unreadable training images that others stand in for, at most: below 1 a share of the labelled and of "
+             "the unlabelled list each, else a number of images; 0: none")
     add("--unlabelDataset_exclude_labeledData", action="store_true",
         help="leave the labelled images out of the unlabelled set")
 
@@ -313,6 +317,8 @@ _LIMITS = {
     "must be from 0 to 1": (
         lambda x: 0 <= x <= 1, ("--threshold", "--reprob", "--mixup-prob", "--mixup-switch-prob", "--model-ema-decay")),
     "must be 0 or more and below 1": (lambda x: 0 <= x < 1, ("--smoothing", "--drop", "--drop-path")),
+    "must be a share from 0 to below 1 or a whole number": (
+        lambda x: 0 <= x < 1 or x >= 1 and x.is_integer(), ("--max-bad-images",)),
     "must be above 0 and at most 1": (lambda x: 0 < x <= 1, ("--select-ratio",)),
     f"must be one of {', '.join(_SCHEDULES)}": (lambda x: x in _SCHEDULES, ("--sched",)),
     "must be batch, pair or elem": (lambda x: x in ("batch", "pair", "elem"), ("--mixup-mode",)),
@@ -328,6 +334,10 @@ def check(args):
             value = _value(args, flag)
             if not holds(value):
                 raise ValueError(f"{flag} {value} {rule}")
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"--{name.replace('_', '-')} {number} must be a finite number")
     requested_amp(args)
     if not args.eval:
         _check_shares(args)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from timm.utils.misc import natural_key
 from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from images import read_rgb
 
 
 class FileSource:
@@ -37,13 +38,8 @@ class FileSource:
         return os.path.normpath(os.path.join(self._folder, self.path(i)))
 
     def load(self, i):
-        """Image i as RGB. Raises OSError naming the file that cannot be read."""
-        path = self.root / self.path(i)
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
-            raise OSError(f"Cannot read the image {path}: {error}") from error
+        """Image i as RGB, as `images.read_rgb` makes it. Raises UnreadableImage naming the file."""
+        return read_rgb(self.root / self.path(i))[0]
 
 
 class ArraySource:
@@ -85,10 +81,10 @@ class Samples:
 # -------------------------------------------------------------------------------- folders
 
 
-def _images_below(root, name=""):
+def images_below(root, name=""):
     """Paths, relative to `root`, of all images below `root/name`; hidden files and folders are left out."""
     paths = []
-    for folder, folders, files in os.walk(root / name, followlinks=True):
+    for folder, folders, files in os.walk(os.path.join(root, name), followlinks=True):
         folders[:] = (each for each in folders if not each.startswith("."))
         shown = (file for file in files if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith("."))
         images = (os.path.join(folder, file) for file in shown)
@@ -97,7 +93,14 @@ def _images_below(root, name=""):
 
 
 def _in_natural_order(names):
-    return sorted(names, key=lambda name: (natural_key(name), name))
+    """Sorted as timm sorts: small letters, runs of digits by their number. timm's own key fails on a name like '²'."""
+
+    def key(name):
+        parts = re.split("([0-9]+)", name.lower())
+        parts[1::2] = ((len(number), number) for number in (digits.lstrip("0") for digits in parts[1::2]))
+        return parts, name
+
+    return sorted(names, key=key)
 
 
 def image_folder(root):
@@ -118,7 +121,7 @@ def image_folder(root):
         raise ValueError(f"{root} holds no class folders: its images must lie in {root}/<class>/.")
     paths, targets = [], []
     for target, name in enumerate(classes):
-        files = _images_below(root, name)
+        files = images_below(root, name)
         if not files:
             raise ValueError(f"The class folder {root / name} holds no image: fill it or remove it.")
         paths += sorted(files)
@@ -136,7 +139,7 @@ def unlabelled_images(path):
     if not path.is_dir():
         root, paths = path.parent, list(_csv_rows(path, "--unlabelled-path", "folder or CSV file"))
     else:
-        root, paths = path, sorted(_images_below(path))
+        root, paths = path, sorted(images_below(path))
     if not paths:
         raise ValueError(f"There is no image in {path} (--unlabelled-path).")
     return Samples(_files(root, paths, path), np.full(len(paths), -1), ())
@@ -147,11 +150,17 @@ def unlabelled_images(path):
 
 def _text(path, what, flag):
     try:
-        return Path(path).read_text(encoding="utf-8-sig")  # -sig: a Windows editor's first bytes
+        text = Path(path).read_text(encoding="utf-8-sig")  # -sig: a Windows editor's first bytes
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise FileNotFoundError(f"There is no {what} {path} ({flag}).") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"The {what} {path} is not UTF-8 text ({error}).") from error
+    except OSError as error:
+        raise OSError(f"Cannot read the {what} {path} ({flag}): {error.strerror}.") from error
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise ValueError(f"The {what} {path} is no text: line {line} holds a zero byte.")
+    return text
 
 
 def _lines(path, what, flag):
@@ -163,14 +172,17 @@ def _lines(path, what, flag):
 
 
 def _check_inside(entry, where, root):
+    # Links inside the folder are the user's own and may lead anywhere.
     if entry.startswith("/") or ".." in entry.split("/"):
         raise ValueError(f"{where} leaves the data folder: write names or paths relative to {root}.")
+    if "\0" in entry or any("\ud800" <= letter <= "\udfff" for letter in entry):  # JSON can write both
+        raise ValueError(f"{where} is no name of a file: it holds a zero byte or half a character.")
 
 
 def _files(root, paths, listed_in):
-    """FileSource; FileNotFoundError where not even the first file is there, as with a wrong --data-path."""
+    """FileSource; FileNotFoundError where none of the first hundred is there, as with a wrong --data-path."""
     source = FileSource(root, paths)
-    if not Path(root, paths[0]).is_file():
+    if not any(os.path.isfile(os.path.join(root, path)) for path in paths[:100]):
         raise FileNotFoundError(f"There is no {Path(root, paths[0])}: paths in {listed_in} are relative to {root}.")
     return source
 
@@ -180,7 +192,7 @@ def _entries(path):
     for number, line in _lines(path, "split file", "--data-split-file"):
         head, *columns = line.rsplit(",", 2)
         # The columns are a shard and a place in it, not labels; a list of names only has none.
-        plain = len(columns) == 2 and all(column.strip().isdigit() for column in columns)
+        plain = len(columns) == 2 and all(re.fullmatch(r"\s*[0-9]+\s*", column) for column in columns)
         yield number, head.strip() if plain else line
 
 
@@ -215,7 +227,7 @@ def read_split(path, samples):
 
 
 # A number of more digits is no class: nobody has ten million.
-_LISTED = re.compile(r"(.+?)(?:\s*,\s*|\s+)(-?\d{1,7})")
+_LISTED = re.compile(r"(.+?)(?:\s*,\s*|\s+)(-?[0-9]{1,7})")
 
 
 def _listed(path, root, flag, labelled):
@@ -237,10 +249,10 @@ def _listed(path, root, flag, labelled):
 def image_list(path, root, flag, *others, labelled=True):
     """Read a list of images: a line `path target` or `path,target` each, paths relative to the folder `root`.
 
-    With `labelled` False lines may end after the path: their target is -1. Returns Samples; the classes are the
-    numbers from 0 to the largest target in it and in the labelled lists `others`, of whose images none need exist.
-    Raises FileNotFoundError or ValueError naming the file, and `flag`, or the line: a list or first image that is
-    missing, a line without a target, a path that leaves the folder.
+    With `labelled` False lines may end after the path: their target is -1. A line that comes twice is an image twice.
+    Returns Samples; the classes are the numbers from 0 to the largest target in it and in the labelled lists `others`,
+    of whose images none need exist. Raises FileNotFoundError or ValueError naming the file, and `flag`, or the line: a
+    list that is missing, images none of which is there, a line without a target, a path that leaves the folder.
     """
     paths, targets = _listed(path, root, flag, labelled)
     largest = max(map(max, [targets, *(_listed(other, root, flag, True)[1] for other in others)]))
@@ -294,9 +306,10 @@ def image_csv(path, *unlabelled, complete=False):
 
 
 def _json(path):
+    text = _text(path, "file", "--data-path")
     try:
-        return json.loads(_text(path, "file", "--data-path"))
-    except json.JSONDecodeError as error:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
 
 
@@ -315,7 +328,7 @@ def inat(root, part, year, category):
     train = _json(root / f"train{year}.json")
     content = train if part == "train" else _json(file)
     try:
-        name = [str(each[category]) for each in categories]
+        name = {i: str(each[category]) for i, each in enumerate(categories)}  # not a list: -1 is no category
         order = dict.fromkeys(name[each["category_id"]] for each in train["annotations"])
         target = {name: i for i, name in enumerate(order)}
         class_of = {each["image_id"]: name[each["category_id"]] for each in content["annotations"]}
@@ -326,11 +339,12 @@ def inat(root, part, year, category):
         ) from error
     if unknown := {label for _, label in entries} - set(target):
         raise ValueError(f"{file} has classes that train{year}.json lacks: {sorted(unknown)[:10]}.")
-    for entry, label in entries:
-        _check_inside(entry, f"{file}: {entry!r}", root)
-        parts = entry.split("/")
+    for number, (entry, label) in enumerate(entries):
+        where = f"{file}, image {number} from 0: {entry!r}"
+        parts = entry.split("/") if isinstance(entry, str) else []
         if len(parts) < 3:
-            raise ValueError(f"{file}: {entry!r} is not `folder/group/.../file`, of which the group is dropped.")
+            raise ValueError(f"{where} is not `folder/group/.../file`, of which the group is dropped.")
+        _check_inside(entry, where, root)
         paths.append("/".join(parts[:1] + parts[2:]))
         targets.append(target[label])
     if not paths:

@@ -28,7 +28,7 @@ import utils
 from checkpoint import TrainState
 from datasets import build_training_sets, build_validation_set
 from engine import evaluate, train_one_epoch
-from loading import evaluation_loader, to_device, training_loader
+from loading import count_unreadable, evaluation_loader, to_device, training_loader, watched
 from losses import Recipe
 from models import build_model
 from options import get_args_parser
@@ -129,7 +129,7 @@ def _evaluate(args, model, views, device, autocast):
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and device.type == "cuda",
     )
-    return evaluate(model, to_device(loader, device), autocast=autocast)
+    return evaluate(model, to_device(watched(loader), device), autocast=autocast)
 
 
 def _summary(name, meters):
@@ -274,7 +274,7 @@ class Run:
                 stream=stream,
                 pin_memory=args.pin_mem and self.device.type == "cuda",
             )
-            return to_device(loader, self.device)
+            return to_device(watched(loader), self.device)
 
         return train_one_epoch(
             self.state,
@@ -321,6 +321,7 @@ class Run:
     def finish_epoch(self, epoch, train_meters):
         """Schedule, evaluation, checkpoints and log line of a trained epoch."""
         args, state = self.args, self.state
+        train_meters = train_meters | {"bad_images": count_unreadable(self.labelled, self.unlabelled)}
         measured = epoch % args.evaluate_freq == 0 or epoch == args.epochs - 1
         names = [f"epoch_{epoch}_checkpoint.pth"] if self.is_fork(epoch) else []
         state.epoch = epoch

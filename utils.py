@@ -110,6 +110,11 @@ def say(*words):
         print(*words, flush=True)
 
 
+def tell(*words):
+    """Print on whichever process calls it, its rank in front."""
+    print(f"[rank {world_and_rank()[1]}]", *words, flush=True)
+
+
 # ---------------------------------------------------------------------------------------------- seeds
 
 

@@ -61,6 +61,7 @@ def test_two_ranks_train_two_epochs_and_leave_what_a_user_needs(two_ranks):
     first, second = log(out)
     assert (first["epoch"], second["epoch"]) == (0, 1) and "train_loss_0_u" not in first
     published = {
+        "train_bad_images",
         "train_lr",
         "train_loss",
         "train_loss_0",

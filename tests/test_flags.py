@@ -23,6 +23,7 @@ import datasets
 import options
 import semi_main
 import utils
+from images import UnreadableImage
 from losses import Recipe, consistency, objective
 from pseudo_labels import select_targets
 
@@ -355,6 +356,22 @@ def augmented_image(args):
         return run.train_epoch(0).tolist()
 
 
+def with_a_broken_image(args):
+    """What becomes of the first of four labelled images where it is unreadable."""
+    views = started(args).labelled
+    load = views.samples.source.load
+
+    def broken(i):
+        if i == views.indices[0]:
+            raise UnreadableImage("It is broken.")
+        return load(i)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(views.samples.source, "load", broken)
+        seen = refusal(lambda args: views[0][-1])(args)
+    return "the second stands in" if seen == views.indices[1] else seen.split(" in ")[0]
+
+
 def initial_weight(args):
     with redirect_stdout(io.StringIO()):
         run = semi_main.train(args, CPU)
@@ -582,6 +599,9 @@ FLAGS = {
         "data", "1", "0.5", lambda args: started(args).labelled.indices.tolist(), ([0, 1, 4, 5], [4, 5, 6, 7]), TINY
     ),
     "--unlabelled-path": Row("data", [""], "TREE3", lambda args: len(started(args).unlabelled), (8, 18), TINY),
+    "--max-bad-images": Row(
+        "data", "0.2", "0.25", with_a_broken_image, ("At least 1 of 4 images", "the second stands in"), TINY
+    ),
     "--unlabelDataset_exclude_labeledData": Row(
         "data",
         None,

@@ -16,15 +16,16 @@ ARROWS = {
     "run_with_submitit": {"semi_main"},
     "semi_main": ALL,
     "engine": {"pseudo_labels", "losses", "utils"},
-    "loading": {"samplers", "transforms", "utils"},
-    "datasets": {"cifar", "fashion", "readers", "transforms"},
+    "loading": {"images", "samplers", "transforms", "utils"},
+    "datasets": {"cifar", "fashion", "images", "readers", "transforms"},
+    "readers": {"images"},
     "cifar": {"readers"},
     "fashion": {"readers"},
     "transforms": {"randaugment"},
     "checkpoint": {"utils"},
     "starts": {"checkpoint", "utils"},
     "models": {"models"},
-    **{leaf: set() for leaf in ("pseudo_labels", "losses", "readers", "randaugment", "samplers", "utils", "options")},
+    **{leaf: set() for leaf in ("pseudo_labels", "losses", "images", "randaugment", "samplers", "utils", "options")},
 }
 LAUNCHERS = {"run_with_submitit", "semi_main"}
 

@@ -12,7 +12,7 @@ from options import boolean, check, get_args_parser, labelled_and_unlabelled, re
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "flags.json").read_text())["semi_main"]
 NO_EFFECT = ("--opt-level", "--cross-attn", "--cnn2trans", "--trans2cnn", "--resplit")
 KEPT = [row for row in PUBLISHED if row["flags"][0] not in NO_EFFECT]
-NEW = {"--amp", "--steps-per-epoch", "--unlabelled-path"}
+NEW = {"--amp", "--max-bad-images", "--steps-per-epoch", "--unlabelled-path"}
 SEMI = "--data-set SEMI-IMNET "
 SCRIPT = SEMI + "--batch-size 108 --mu 0.125 --mixup 0 --cutmix 0 --threshold 0.7 --semi-lambda 4"
 
@@ -48,7 +48,7 @@ def test_published_flag_is_kept(row):
     assert type(ours["default"]) is type(expected["default"])
 
 
-def test_no_flag_is_missing_and_only_three_are_new():
+def test_no_flag_is_missing_and_only_four_are_new():
     published = {flag for row in PUBLISHED for flag in row["flags"]}
     assert set(actions()) - published == NEW
     assert published <= set(actions())
@@ -57,13 +57,14 @@ def test_no_flag_is_missing_and_only_three_are_new():
 def test_new_flags():
     args = parse()
     assert (args.amp, args.steps_per_epoch, args.unlabelled_path) == (None, 0, "")
+    assert (args.max_bad_images, parse("--max-bad-images 3").max_bad_images) == (0.001, 3)
     assert parse("--steps-per-epoch 7").steps_per_epoch == 7
     assert list(actions()["--amp"].choices) == ["auto", "off", "fp16", "bf16"]
 
 
 def test_defaults_of_a_namespace_are_the_published_ones():
     expected = {row["dest"]: row["default"] for row in KEPT}
-    expected |= {"amp": None, "steps_per_epoch": 0, "unlabelled_path": ""}
+    expected |= {"amp": None, "max_bad_images": 0.001, "steps_per_epoch": 0, "unlabelled_path": ""}
     expected |= {"device": "cuda" if torch.cuda.is_available() else "cpu"}
     assert vars(parse()) == expected
 
@@ -202,6 +203,14 @@ EVEN = "mixup and cutmix mix a batch with its own reverse, so the labelled batch
         ("--mask-transformer-ratio-u -1", "--mask-transformer-ratio-u -1.0 must"),
         ("--semi-lambda -1", "--semi-lambda -1.0 must"),
         ("--consistency-lambda -1", "--consistency-lambda -1.0 must"),
+        ("--max-bad-images -1", "--max-bad-images -1.0 must be a share from 0 to below 1 or a whole number"),
+        ("--max-bad-images 1.5", "--max-bad-images 1.5 must be"),
+        ("--max-bad-images inf", "--max-bad-images inf must be"),
+        ("--max-bad-images nan", "--max-bad-images nan must be"),
+        ("--lr inf", "--lr inf must be a finite number"),
+        ("--opt-eps nan", "--opt-eps nan must be a finite number"),
+        ("--opt-betas 0.9 nan", "--opt-betas nan must be"),
+        ("--eval --mu nan", "--mu nan must be"),
         ("--select-ratio 0", "--select-ratio 0.0 must be above 0 and at most 1"),
         ("--select-ratio 2", "--select-ratio 2"),
         (SEMI + "--mu 1.5", "--mu 1.5 must be above 0 and below 1"),
@@ -240,6 +249,8 @@ def test_check_refuses_and_names_the_flag(line, message):
         SEMI + "--batch-size 4 --mu 0.2 --supervise-only",
         "--batch-size 65 --mixup 0 --cutmix 0",
         "--threshold 0",
+        "--max-bad-images 0",
+        "--max-bad-images 1",
         "--threshold 1",
         "--smoothing 0",
         "--eval --batch-size 1",

@@ -2,16 +2,19 @@
 
 import json
 import os
+import random
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.utils.misc import natural_key
 from trees import draw, make_inat, make_list, paths, tree
 
 from readers import (
     ArraySource,
     FileSource,
+    _in_natural_order,
     image_csv,
     image_folder,
     image_list,
@@ -32,6 +35,13 @@ def test_classes_are_in_natural_order(tmp_path):
     assert samples.classes == ("3", "Class1", "class02", "class2", "class10", "other")
     assert paths(samples) == [f"{name}/a.jpg" for name in samples.classes]
     assert samples.targets.tolist() == [0, 1, 2, 3, 4, 5] and samples.targets.dtype == np.int64
+
+
+def test_the_order_is_timms():
+    rng = random.Random(0)
+    names = sorted({"".join(rng.choices("aB01290_-. é", k=rng.randrange(1, 9))) for _ in range(500)})
+    assert _in_natural_order(names) == sorted(names, key=lambda name: (natural_key(name), name))
+    assert _in_natural_order(["²", "a" + 5000 * "1", "a2"]) == ["a2", "a" + 5000 * "1", "²"]
 
 
 def test_synsets_are_in_plain_order(tmp_path):
@@ -217,6 +227,8 @@ def test_split_files(samples, content, expected):
     ("", "list.txt lists no image"),
     ("\n \r\n", "list.txt lists no image"),
     (b"1.jpg\ncaf\xe9.jpg\n", "list.txt is not UTF-8"),
+    ("1.jpg\n\n2.jpg\0,1,1\n", "list.txt is no text: line 3 holds a zero byte"),
+    ("1.jpg,\u00b2,3\n", "line 1: '1.jpg,\u00b2,3' is not among"),
 ])  # fmt: skip
 def test_wrong_split_files_are_explained(samples, content, message):
     with pytest.raises(ValueError, match=message):
@@ -306,13 +318,47 @@ def test_classes_are_counted_in_several_lists(tmp_path):
     ("a.jpg 1\nx/../../b.jpg 0", "line 2: 'x/../../b.jpg' leaves the data folder"),
     ("a.jpg 1\n/etc/passwd,0", "line 2: '/etc/passwd' leaves the data folder"),
     ("", r"list.txt names no image \(--split-folder\)"), ("\n \n", "list.txt names no image"),
-    (b"caf\xe9.jpg 1", "list.txt is not UTF-8"),
+    (b"caf\xe9.jpg 1", "list.txt is not UTF-8"), ("a.jpg 1\nb\0.jpg 1", "list.txt is no text: line 2 holds a zero"),
+    ("a.jpg \u0663", "line 1: 'a.jpg \u0663' has no class"),
 ])  # fmt: skip
 def test_wrong_lists_are_explained(tmp_path, content, message):
     draw(tmp_path / "a.jpg")
     (tmp_path / "list.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         image_list(tmp_path / "list.txt", tmp_path, "--split-folder")
+
+
+def test_a_link_inside_the_folder_may_lead_out_of_it(tmp_path):
+    draw(tmp_path / "elsewhere" / "a.jpg", (77, 77, 77))
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "list.txt").write_text("link/a.jpg 0\n")
+    (tmp_path / "root" / "list.csv").write_text("link/a.jpg,cat\n")
+    for samples in (image_list(tmp_path / "list.txt", tmp_path / "root", "--split-folder"),
+                    image_csv(tmp_path / "root" / "list.csv")):  # fmt: skip
+        assert samples.source.load(0).getpixel((0, 0)) == (77, 77, 77)
+
+
+def test_names_with_dots_stay_inside(tmp_path):
+    draw(tmp_path / "..a" / "b...jpg")
+    (tmp_path / "list.txt").write_text("..a/b...jpg 0\n./..a//b...jpg 0\n")
+    samples = image_list(tmp_path / "list.txt", tmp_path, "--split-folder")
+    assert [samples.source.load(i).size for i in range(2)] == [(12, 10)] * 2
+
+
+def test_one_missing_image_is_no_wrong_folder(tmp_path):
+    draw(tmp_path / "b.jpg")
+    (tmp_path / "list.txt").write_text("gone.jpg 0\n" + "x" * 300 + " 0\nb.jpg 0\n")
+    assert len(image_list(tmp_path / "list.txt", tmp_path, "--split-folder")) == 3
+
+
+def test_a_list_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("readers.Path.read_text", refuse)
+    with pytest.raises(OSError, match="^Cannot read the list x.txt .--split-folder.: Permission denied.$"):
+        image_list("x.txt", tmp_path, "--split-folder")
 
 
 def test_leaving_entries_of_unlabelled_lists(tmp_path):
@@ -382,7 +428,8 @@ def test_rows_without_a_label(tmp_path):
     ("a.jpg,cat\nb.jpg,cat\na.jpg,dog\n", "line 3: 'a.jpg' was listed before"),
     ('a.jpg,"cat\n', "train.csv, line 1 is not CSV"), ('a.jpg,"cat"s\n', "train.csv, line 1 is not CSV"),
     ("", "train.csv has no row `path,label`"), ("path,label\n", "has no row"), ("a.jpg\nb.jpg,\n", "has no row"),
-    (b"a.jpg,caf\xe9\n", "train.csv is not UTF-8"),
+    (b"a.jpg,caf\xe9\n", "train.csv is not UTF-8"), ("a.jpg,cat\nb\0.jpg,cat", "train.csv is no text: line 2 holds"),
+    ('"a\nb.jpg",cat\n"..",cat', r"line 3: '\.\.' leaves"),
 ])  # fmt: skip
 def test_wrong_csv_files_are_explained(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
@@ -477,10 +524,14 @@ def test_inat_without_the_category(tmp_path):
 
 
 @pytest.mark.parametrize("key, value, message", [
-    ("file_name", "/etc/x/passwd", "train2018.json: '/etc/x/passwd' leaves the data folder"),
+    ("file_name", "/etc/x/passwd", "train2018.json, image 1 from 0: '/etc/x/passwd' leaves the data folder"),
     ("file_name", "train_val2018/a/../../b.jpg", "leaves the data folder"),
     ("file_name", "a/b.jpg", "'a/b.jpg' is not `folder/group/.../file`"),
-    ("id", 555, "not iNaturalist's"),
+    ("file_name", "../x/b.jpg", "train2018.json, image 1 from 0: '../x/b.jpg' leaves the data folder"),
+    ("file_name", "a/../b/c.jpg", "leaves the data folder"),  # also where the part left out would be the '..'
+    ("file_name", "a/b/c\0.jpg", "is no name of a file"), ("file_name", "a/b/\ud800.jpg", "is no name of a file"),
+    ("file_name", 5, "image 1 from 0: 5 is not `folder/group/.../file`"),
+    ("id", 555, "not iNaturalist's"), ("id", [], "not iNaturalist's"),
 ])  # fmt: skip
 def test_wrong_inat_entries_are_explained(tmp_path, key, value, message):
     make_inat(tmp_path, 2018)
@@ -493,7 +544,9 @@ def test_wrong_inat_entries_are_explained(tmp_path, key, value, message):
 
 @pytest.mark.parametrize("content, message", [
     ("{", "train2018.json is not JSON"), ("[]", "not iNaturalist's"), ("{}", "not iNaturalist's"),
-    ('{"annotations": [{"category_id": 3, "image_id": 1}], "images": []}', "not iNaturalist's.*IndexError"),
+    ('{"annotations": [{"category_id": 3, "image_id": 1}], "images": []}', "not iNaturalist's.*KeyError"),
+    ('{"annotations": [{"category_id": -1, "image_id": 1}], "images": []}', "not iNaturalist's.*KeyError"),
+    ("9" * 5000, "train2018.json is not JSON"), ("[" * 100_000, "train2018.json is not JSON"),
     ('{"annotations": [], "images": []}', "train2018.json lists no image"),
 ])  # fmt: skip
 def test_wrong_inat_files_are_explained(tmp_path, content, message):
@@ -501,3 +554,9 @@ def test_wrong_inat_files_are_explained(tmp_path, content, message):
     (tmp_path / "train2018.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         inat(tmp_path, "train", 2018, "name")
+
+
+def test_leaving_entries_of_unlabelled_csv_files(tmp_path):
+    for entry, words in (("../a.jpg", "leaves"), ("/a.jpg", "leaves"), ("a\0.jpg", "zero byte")):
+        with pytest.raises(ValueError, match=words):
+            unlabelled_images(table(tmp_path, f"x/b c.jpg\n{entry}\n"))

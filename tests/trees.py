@@ -159,3 +159,25 @@ def semi_main(*words, processes=0, env=None, check=True, timeout=300):
                           capture_output=True, text=True, timeout=timeout, env=environment)  # fmt: skip
     assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
+
+
+def broken_images(root):
+    """A file of every kind that cannot be read: {name: words of the reason}."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    kinds = {
+        "cut.JPEG": (lambda content: content[:-200], "truncated"),
+        "cut.png": (lambda content: content[:-60], "truncated"),
+        "half.webp": (lambda content: content[: len(content) // 2], ""),
+        "empty.JPEG": (lambda content: b"", "it is empty"),
+        "text.JPEG": (lambda content: b"404 Not Found", "it is no image that Pillow knows"),
+        "bomb.bmp": (lambda content: content[:18] + (60_000).to_bytes(4, "little") * 2 + content[26:], "bomb"),
+    }
+    for name, (spoil, _) in kinds.items():
+        path = Path(root, name)
+        noise.save(path)
+        path.write_bytes(spoil(path.read_bytes()))
+    Path(root, "folder.JPEG").mkdir()
+    Path(root, "dangling.JPEG").symlink_to("nowhere")
+    Path(root, "loop.JPEG").symlink_to("loop.JPEG")
+    others = {"folder.JPEG": "Is a directory", "dangling.JPEG": "No such file", "loop.JPEG": "Too many levels"}
+    return {name: words for name, (_, words) in kinds.items()} | others

@@ -1,0 +1,365 @@
+"""Damage valid files and flags at random: the strict reader's result, or one error that names the file or the flag.
+
+    python script/fuzz.py [--mutations 10000] [--seed 0]
+
+Each case changes a valid split file, list, CSV file, checkpoint or command line. What our readers make of it must be
+what slow_readers.py makes of it (a checkpoint: what was saved), or a ValueError or OSError of one line that
+names the file, or of flags one line that names a word of the command line. Anything else is a failure, warnings too;
+each is printed with its case, and the status is 1. Ends with a Markdown table; the same seed gives the same cases.
+"""
+
+import argparse
+import contextlib
+import io
+import random
+import re
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import slow_readers  # noqa: E402
+
+import checkpoint  # noqa: E402
+import options  # noqa: E402
+from readers import FileSource, Samples, image_csv, image_list, read_split  # noqa: E402
+
+# ------------------------------------------------------------------------------- what is damaged
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A kind of file.
+
+    Attributes:
+        path: where the cases are written. valid: bytes of the undamaged file.
+        read: path -> something comparable, our reader.
+        expected: bytes -> what `read` must give, None where it must refuse.
+        may_refuse: whether it may refuse all but the undamaged file.
+    """
+
+    path: Path
+    valid: bytes
+    read: Callable
+    expected: Callable
+    may_refuse: bool = False
+
+
+NAMES = ["cat/1.jpg", "cat/same.jpg", "cat/sub/2.jpg", "dog/a b.jpg", "dog/c,3,4.jpg", "dog/same.jpg", "dog/é.jpg",
+         *(f"n0{i}/n0{i}_{10 * i}.JPEG" for i in range(1, 10))]  # fmt: skip
+
+
+def _samples(samples):
+    return [samples.source.path(i) for i in range(len(samples))], samples.targets.tolist(), samples.classes
+
+
+def plain(thing):
+    """A checkpoint's content as something that == compares to the bit."""
+    if torch.is_tensor(thing):
+        return str(thing.dtype), tuple(thing.shape), thing.numpy().tobytes()
+    if isinstance(thing, dict):
+        return type(thing).__name__, [(key, plain(value)) for key, value in thing.items()]
+    return [plain(each) for each in thing] if isinstance(thing, list | tuple) else thing
+
+
+def subjects(folder):
+    """{kind: Subject}, their files in `folder`."""
+    root = Path(folder, "data")
+    for name in NAMES:
+        Path(root, name).parent.mkdir(parents=True, exist_ok=True)
+        Path(root, name).touch()
+    images = Samples(FileSource(root, NAMES), np.zeros(len(NAMES), np.int64), ("x",))
+    entries = [name if "same" in name else name.split("/")[-1] for name in NAMES]
+    split = "".join(f"{entry},{i % 3},{i}\n" for i, entry in enumerate(entries)).encode()
+    listed = "".join(f"{name}{', '[i % 2]}{i % 4}\n" for i, name in enumerate(NAMES)).encode()
+    table = "path,label\n" + "".join(f'"{name}",class{i % 12}\n' for i, name in enumerate(NAMES))
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4))
+    content = {
+        "model": model.state_dict(),
+        "optimizer": torch.optim.AdamW(model.parameters()).state_dict(),
+        "epoch": 7,
+        "best": {"acc1": 12.5, "epoch": 3},
+        "args": argparse.Namespace(lr=0.1, model="x"),
+    }
+    saved = Path(folder, "checkpoint.pth")
+    checkpoint.save(content, saved)
+    whole = plain(checkpoint.read(saved))
+    return {
+        "split file": Subject(
+            Path(folder, "split.txt"),
+            split,
+            lambda path: read_split(path, images).tolist(),
+            lambda damaged: slow_readers.split(damaged, NAMES),
+        ),
+        "list": Subject(
+            Path(folder, "list.txt"),
+            listed,
+            lambda path: _samples(image_list(path, root, "--data-path")),
+            lambda damaged: slow_readers.image_list(damaged, root),
+        ),
+        "CSV file": Subject(
+            root / "train.csv",
+            table.encode(),
+            lambda path: _samples(image_csv(path)),
+            lambda damaged: slow_readers.image_csv(damaged, root),
+        ),
+        "checkpoint": Subject(
+            Path(folder, "damaged.pth"),
+            saved.read_bytes(),
+            lambda path: plain(checkpoint.read(path)),
+            lambda damaged: whole,
+            may_refuse=True,
+        ),
+    }
+
+
+# ------------------------------------------------------------------------------- damage: (rng, bytes) -> bytes
+
+TOKENS = (b"\0", b"..", b"../", b"/", b'"', b'""', b",", b"\n", b"\r", b"\r\n", b" ", b"\t", b"-", b"9", b"\xff",
+          b"\xc3", b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"\xc2\xb2", b"\xd9\xa3", b"\xed\xa0\x80")  # fmt: skip
+
+
+def flip_bits(rng, content):
+    """One to four bits."""
+    damaged = bytearray(content)
+    for _ in range(rng.choice((1, 1, 1, 4))):
+        damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+    return bytes(damaged)
+
+
+def truncate(rng, content):
+    """The end is missing, at any place."""
+    return content[: rng.randrange(len(content))]
+
+
+def insert_bytes(rng, content):
+    """A token that means something, or up to four random bytes."""
+    place = rng.randrange(len(content) + 1)
+    return content[:place] + rng.choice((rng.choice(TOKENS), rng.randbytes(rng.randrange(1, 5)))) + content[place:]
+
+
+def _lines(content):
+    text = content.isascii() or b"\0" not in content
+    return content.splitlines(keepends=True) if text else [content[i : i + 64] for i in range(0, len(content), 64)]
+
+
+def drop_line(rng, content):
+    """A line is missing; of a binary file 64 bytes."""
+    lines = _lines(content)
+    del lines[rng.randrange(len(lines))]
+    return b"".join(lines)
+
+
+def double_line(rng, content):
+    """A line comes twice, the second time anywhere."""
+    lines = _lines(content)
+    lines.insert(rng.randrange(len(lines) + 1), rng.choice(lines))
+    return b"".join(lines)
+
+
+def swap_fields(rng, content):
+    """Two fields change places; of a binary file two times 16 bytes."""
+    fields = [content[i : i + 16] for i in range(0, len(content), 16)]
+    if b"\0" not in content:
+        fields = re.split(rb"([,\n /])", content)
+    one, other = (2 * rng.randrange((len(fields) + 1) // 2) for _ in range(2))
+    fields[one], fields[other] = fields[other], fields[one]
+    return b"".join(fields)
+
+
+DAMAGE = {
+    "flipped bits": flip_bits,
+    "cut off": truncate,
+    "line dropped": drop_line,
+    "line doubled": double_line,
+    "fields swapped": swap_fields,
+    "bytes inserted": insert_bytes,
+}
+
+# ------------------------------------------------------------------------------- flags
+
+FLAGS = {  # flag: (words that are right, words that are wrong); () stands for a flag without a value
+    "--batch-size": (("8", "20", "64", "108"), ("0", "-1", "x", "1.5", "")),
+    "--mu": (("0.25", "0.5", "0.125", "2", "-1"), ("nan", "half")),  # --eval does not look at it
+    "--epochs": (("1", "300"), ("0", "1e3")),
+    "--lr": (("0", "5e-4"), ("-1", "inf", "nan")),
+    "--mixup": (("0", "0.8"), ("-0.1", "nan")),
+    "--cutmix": (("0", "1.0"), ("-1",)),
+    "--threshold": (("0", "0.7", "1"), ("1.01", "nan")),
+    "--smoothing": (("0", "0.1"), ("1", "-0.1")),
+    "--opt-eps": (("1e-8",), ("nan", "-inf")),
+    "--opt-betas": (("0.9 0.95",), ("0.9", "0.9 nan", "1 2 3")),
+    "--max-bad-images": (("0", "0.01", "7"), ("-1", "1.5", "inf")),
+    "--sched": (("cosine", "plateau"), ("linear",)),
+    "--data-set": (("IMNET", "SEMI-IMNET"), ("MNIST",)),
+    "--pseudo-type": (("cnn", "fuse"), ("CNN",)),
+    "--amp": (("auto", "off"), ("on",)),
+    "--no-amp": ((),) * 2,
+    "--supervise-only": ((),) * 2,
+    "--eval": ((),) * 2,
+}
+
+
+def commandline(rng):
+    """(words, {flag: text or True}, the flags whose text is wrong) of some flags, in any order."""
+    chosen, wrong = {}, set()
+    for flag in rng.sample(sorted(FLAGS), rng.randrange(1, 8)):
+        right, bad = FLAGS[flag]
+        if right and bad and rng.random() < 0.12:
+            wrong.add(flag)
+            right = bad
+        chosen[flag] = rng.choice(right) if right else True
+    words = [[flag] if text is True else [flag, *(text.split() or [""])] for flag, text in chosen.items()]
+    return sum(words, []), chosen, wrong
+
+
+def slow_refusal(chosen):
+    """Whether flags that are right one by one do not go together."""
+    amp, off = chosen.get("--amp"), "--no-amp" in chosen
+    if off and amp not in (None, "off"):
+        return True
+    if "--eval" in chosen:
+        return False
+    batch, mu = int(chosen.get("--batch-size", 64)), float(chosen.get("--mu", 0.166666667))
+    semi = chosen.get("--data-set", "IMNET") == "SEMI-IMNET" and "--supervise-only" not in chosen
+    labelled = int(batch * mu) if semi else batch
+    if not 0 <= mu <= 1:
+        return True
+    mixing = float(chosen.get("--mixup", 0.8)) > 0 or float(chosen.get("--cutmix", 1)) > 0
+    return labelled == 0 or labelled == batch and semi or mixing and labelled % 2 == 1
+
+
+# ------------------------------------------------------------------------------- running
+
+
+class Outcome:
+    """A context that keeps the exception that ends it, whatever it is, warnings among them."""
+
+    error: Any = None
+
+    def __enter__(self):
+        self._warnings = warnings.catch_warnings()
+        self._warnings.__enter__()
+        warnings.simplefilter("error")
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self._warnings.__exit__(kind, error, trace)
+        self.error = error
+        return isinstance(error, Exception | SystemExit)
+
+
+def _shown(error):
+    return f"{type(error).__name__}: {str(error)[:300]!r}"
+
+
+def file_case(subject, content):
+    """('accepted' | 'refused' | 'failed', why it failed) of one damaged file."""
+    subject.path.write_bytes(content)
+    expected = subject.expected(content)
+    with Outcome() as outcome:
+        result = subject.read(subject.path)
+    error = outcome.error
+    if error is None:
+        shown = f"something else than what was saved is read from {subject.path.name}"
+        shown = shown if subject.may_refuse else f"read as {result!r}, not {expected!r}"
+        return ("accepted", "") if result == expected else ("failed", shown)
+    if not isinstance(error, ValueError | OSError) or "\n" in str(error) or str(subject.path) not in str(error):
+        return "failed", _shown(error)
+    if expected is not None and not (subject.may_refuse and content != subject.valid):
+        return "failed", f"refused what is right: {_shown(error)}"
+    return "refused", ""
+
+
+def flags_case(words, chosen=None, wrong=()):
+    """The same of one command line; without `chosen` no more is known of it than its words."""
+    with Outcome() as outcome, contextlib.redirect_stderr(io.StringIO()) as printed:
+        args = options.get_args_parser().parse_args(words)
+        options.check(args)
+    error = outcome.error
+    if error is None:
+        if chosen is None:
+            return "accepted", ""
+        expected = vars(options.get_args_parser().parse_args([])) | {
+            flag.strip("-").replace("-", "_"): text for flag, text in chosen.items()
+        }
+        differ = [name for name, value in vars(args).items() if not _same_value(value, expected[name])]
+        differ += ["a refusal was due"] if wrong or slow_refusal(chosen) else []
+        return ("failed", f"accepted, but {differ}") if differ else ("accepted", "")
+    if isinstance(error, SystemExit):
+        text = printed.getvalue().partition(": error: ")[2].removesuffix("\n") if error.code == 2 else ""
+    else:
+        text = str(error)
+    known = [flag for action in options.get_args_parser()._actions for flag in action.option_strings]
+    named = any(word in text for word in wrong or [*words, *known])  # argparse completes a flag cut short
+    if not isinstance(error, SystemExit | ValueError) or "\n" in text or not named:
+        return "failed", f"{_shown(error)} {printed.getvalue()[-300:]}"
+    if chosen is not None and not wrong and not slow_refusal(chosen):
+        return "failed", f"refused what is right: {text}"
+    return "refused", ""
+
+
+def _same_value(got, expected):
+    if isinstance(expected, str) and isinstance(got, list):
+        return got == [float(word) for word in expected.split()]
+    return got == (type(got)(expected) if isinstance(expected, str) and got is not None else expected)
+
+
+def run(mutations, seed):
+    """(Counter of (kind, damage, outcome), [failures as text]) of so many cases."""
+    counts, failures = Counter(), []
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        files = subjects(folder)
+        cells = [(kind, damage) for kind in (*files, "flags") for damage in DAMAGE] + [("flags", "combined")]
+        for case in range(mutations):
+            kind, damage = cells[case % len(cells)]
+            rng = random.Random(f"{seed}/{case}")
+            if kind != "flags":
+                content = DAMAGE[damage](rng, files[kind].valid)
+                outcome, why = file_case(files[kind], content)
+            elif damage == "combined":
+                content = commandline(rng)
+                outcome, why = flags_case(*content)
+            else:
+                content = "\n".join(commandline(rng)[0]).encode()
+                content = DAMAGE[damage](rng, content).decode("utf-8", "replace")
+                outcome, why = flags_case([word for word in content.split("\n") if word])
+            counts[kind, damage, outcome] += 1
+            if outcome == "failed":
+                failures.append(f"Case {case} of --seed {seed}, {kind}, {damage}: {why}")
+    return counts, failures
+
+
+def table(counts):
+    """The Markdown table of a run, a row for each kind of file and damage, and their sum."""
+    outcomes = ("accepted", "refused", "failed")
+    rows = ["| what | damage | cases | accepted | refused | failed |", "|---|---|--:|--:|--:|--:|"]
+    cells = list(dict.fromkeys((kind, damage) for kind, damage, _ in counts))
+    for kind, damage in sorted(cells):
+        each = [counts[kind, damage, outcome] for outcome in outcomes]
+        rows.append(f"| {kind} | {damage} | {' | '.join(f'{n:,}' for n in (sum(each), *each))} |")
+    each = [sum(n for key, n in counts.items() if key[2] == outcome) for outcome in outcomes]
+    return "\n".join([*rows, f"| **all** | | {' | '.join(f'{n:,}' for n in (sum(each), *each))} |"])
+
+
+def main(words=None):
+    """Run, print; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mutations", type=int, default=10_000, help="number of cases (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all cases (%(default)s)")
+    args = parser.parse_args(words)
+    counts, failures = run(args.mutations, args.seed)
+    print(*failures, table(counts), sep="\n")
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""The readers of split files, lists and CSV files written a second time, slow and plain, for script/fuzz.py to compare.
+
+Each takes the bytes of a file and gives what is in it, or None where the file must be refused.
+"""
+
+import os
+import re
+
+BLANKS = " \t\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B))
+)
+DIGITS = "0123456789"
+
+
+def text_of(content):
+    """The text of a file, its lines ended by \\n; None if it is no UTF-8 or has a zero byte."""
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    return None if "\0" in text else text
+
+
+def stays_inside(entry):
+    """Whether a path stays in its folder, walked part by part."""
+    return entry[:1] != "/" and all(part != ".." for part in entry.split("/"))
+
+
+def _is_number(text):
+    return text != "" and set(text) <= set(DIGITS)
+
+
+def split(content, paths):
+    """Indices into `paths` of a split file's images."""
+    text, found = text_of(content), []
+    for line in text.split("\n") if text is not None else ():
+        line = line.strip(BLANKS + "\n\r")
+        columns = line.split(",")
+        if len(columns) > 2 and all(_is_number(column.strip(BLANKS)) for column in columns[-2:]):
+            line = ",".join(columns[:-2]).strip(BLANKS)
+        elif not line:
+            continue
+        whole = [i for i, path in enumerate(paths) if path == line]
+        named = whole or [i for i, path in enumerate(paths) if path.split("/")[-1] == line]
+        if not stays_inside(line) or len(named) != 1 or named[0] in found:
+            return None
+        found += named
+    return found or None
+
+
+def path_and_target(line):
+    """(path, target) of a list's line, read from its end; target -1 and the whole line where there is none."""
+    head = line.rstrip(DIGITS)
+    digits = line[len(head) :]
+    minus = head.endswith("-")
+    rest = head[:-1] if minus else head
+    path = rest.rstrip(BLANKS)
+    path = path[:-1].rstrip(BLANKS) if path.endswith(",") else path
+    if not 1 <= len(digits) <= 7 or path == rest or not path:
+        return line, -1
+    return path, -1 if minus and int(digits) else int(digits)
+
+
+def image_list(content, root):
+    """(paths, targets, classes) of a labelled list."""
+    text, rows = text_of(content), []
+    for line in text.split("\n") if text is not None else ():
+        line = line.strip(BLANKS)
+        if line:
+            rows.append(path_and_target(line))
+            if rows[-1][1] < 0 or not stays_inside(rows[-1][0]):
+                return None
+    if not any(os.path.isfile(f"{root}/{path}") for path, _ in rows[:100]):
+        return None
+    targets = [target for _, target in rows]
+    return [path for path, _ in rows], targets, tuple(str(i) for i in range(max(targets) + 1))
+
+
+def cells(text):
+    """Rows of cells of a CSV file, one character at a time; None if quotes are wrong."""
+    rows, row, cell, state = [], [], "", "start"
+    for letter in text + ("" if text.endswith("\n") or not text else "\n"):
+        if state == "quoted":
+            if letter == '"':
+                state = "quote"
+            else:
+                cell += letter
+        elif letter == '"' and state == "quote":
+            cell, state = cell + '"', "quoted"
+        elif letter == '"' and state == "start":
+            state = "quoted"
+        elif letter in ",\n":
+            row, cell, state = [*row, cell], "", "start"
+            if letter == "\n":
+                rows, row = [*rows, row], []
+        elif state == "quote":
+            return None
+        elif not (letter == " " and state == "start"):
+            cell, state = cell + letter, "plain"
+    return None if state != "start" or row else rows
+
+
+def natural(name):
+    """A key that puts class2 before class10; a name starts with letters, perhaps none."""
+    parts = re.findall("([^0-9]*)([0-9]*)", name.lower())
+    return [(letters, int(digits) if digits else -1) for letters, digits in parts], name
+
+
+def image_csv(content, root):
+    """(paths, targets, classes) of a CSV file of images."""
+    text = text_of(content)
+    rows, found = None if text is None else cells(text), {}
+    for row in rows or ():
+        row = [cell.strip(BLANKS + "\n") for cell in row]
+        if not any(row) or (not found and row in (["path"], ["path", "label"])):
+            continue
+        if len(row) > 2 or not row[0] or row[0] in found or not stays_inside(row[0]):
+            return None
+        found[row[0]] = row[1] if len(row) == 2 else ""
+    if not any(found.values()) or not any(os.path.isfile(f"{root}/{path}") for path in list(found)[:100]):
+        return None
+    labels = sorted({label for label in found.values() if label}, key=natural)
+    return list(found), [labels.index(label) if label else -1 for label in found.values()], tuple(labels)

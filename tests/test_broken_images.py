@@ -1,0 +1,386 @@
+"""Broken images: what can be read is read, the rest is replaced, named and counted, and too many end the run."""
+
+import argparse
+import errno
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from trees import SMALL, broken_images, draw, make_tree, semi_main
+
+import images
+import semi_main as program
+from datasets import Views
+from images import UnreadableImage, read_rgb
+from loading import count_unreadable, evaluation_loader, to_device, training_loader, watched
+from options import get_args_parser
+from readers import FileSource, Samples
+from samplers import training_order
+
+torch.set_num_threads(1)
+
+
+# -------------------------------------------------------------------------------- one file
+
+
+def saved(path, pixels, **how):
+    """An image file of these pixels; returns its path."""
+    Image.fromarray(np.asarray(pixels)).save(path, **how)
+    return path
+
+
+def first_row(path):
+    """The first row of an image's pixels, one of the three equal channels."""
+    pixels = np.asarray(read_rgb(path)[0])
+    assert (pixels == pixels[..., :1]).all()
+    return pixels[0, :, 0].tolist()
+
+
+SIXTEEN = np.array([[0, 255, 256, 1000, 32768, 65535]], np.uint16)
+
+
+def test_sixteen_bits_become_eight_by_their_upper_byte(tmp_path):
+    upper = [0, 0, 1, 3, 128, 255]
+    for name in ("x.png", "x.tif"):
+        assert read_rgb(saved(tmp_path / name, SIXTEEN))[1] == "I;16"
+        assert first_row(tmp_path / name) == upper
+    (tmp_path / "big_endian.tif").write_bytes(
+        b"MM\0*\0\0\0\x08\0\x08"
+        + b"".join(
+            tag.to_bytes(2, "big") + kind.to_bytes(2, "big") + (1).to_bytes(4, "big") + value
+            for tag, kind, value in [
+                (256, 3, b"\0\6\0\0"), (257, 3, b"\0\1\0\0"), (258, 3, b"\0\x10\0\0"), (259, 3, b"\0\1\0\0"),
+                (262, 3, b"\0\1\0\0"), (273, 4, (110).to_bytes(4, "big")), (278, 3, b"\0\1\0\0"),
+                (279, 4, (12).to_bytes(4, "big"))]  # fmt: skip
+        )
+        + bytes(4) + SIXTEEN.astype(">u2").tobytes())  # fmt: skip
+    assert read_rgb(tmp_path / "big_endian.tif")[1] == "I;16B"
+    assert first_row(tmp_path / "big_endian.tif") == upper
+    (tmp_path / "x.pgm").write_bytes(b"P5 6 1 65535\n" + SIXTEEN.astype(">u2").tobytes())
+    assert read_rgb(tmp_path / "x.pgm")[1] == "I" and first_row(tmp_path / "x.pgm") == upper
+    # Pillow itself takes the upper byte of 16-bit colour.
+    (tmp_path / "x.ppm").write_bytes(b"P6 2 1 65535\n" + SIXTEEN.astype(">u2").tobytes())
+    assert np.abs(np.asarray(read_rgb(tmp_path / "x.ppm")[0]).ravel().astype(int) - upper).max() <= 1
+
+
+def test_numbers_beyond_sixteen_bits_and_floats_are_cut(tmp_path):
+    saved(tmp_path / "i.tif", np.array([[-5, 0, 65535, 2**30]], np.int32))
+    saved(tmp_path / "f.tif", np.array([[-5, 0, 99.9, 1e9]], np.float32))
+    assert first_row(tmp_path / "i.tif") == [0, 0, 255, 255]
+    assert first_row(tmp_path / "f.tif") == [0, 0, 99, 255]
+
+
+def test_alpha_is_dropped_and_palettes_are_looked_up(tmp_path):
+    saved(tmp_path / "rgba.png", np.array([[[9, 8, 7, 0], [1, 2, 3, 255]]], np.uint8))
+    assert np.asarray(read_rgb(tmp_path / "rgba.png")[0]).tolist() == [[[9, 8, 7], [1, 2, 3]]]
+    saved(tmp_path / "la.png", np.array([[[9, 0], [1, 255]]], np.uint8))
+    assert read_rgb(tmp_path / "la.png")[1] == "LA" and first_row(tmp_path / "la.png") == [9, 1]
+    saved(tmp_path / "bits.png", np.array([[True, False]]))
+    assert read_rgb(tmp_path / "bits.png")[1] == "1" and first_row(tmp_path / "bits.png") == [255, 0]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([9, 8, 7, 1, 2, 3])
+    palette.putpixel((1, 0), 1)
+    for name, how in (("p.png", {}), ("one.png", {"transparency": 0}), ("many.png", {"transparency": b"\0\x80"})):
+        palette.save(tmp_path / name, **how)
+        image, mode = read_rgb(tmp_path / name)  # any warning, as Pillow's of the last, is an error below
+        assert mode == "P" and np.asarray(image).tolist() == [[[9, 8, 7], [1, 2, 3]]]
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_warning_passes(tmp_path, monkeypatch):
+    test_alpha_is_dropped_and_palettes_are_looked_up(tmp_path)
+    draw(tmp_path / "large.png", size=(30, 10))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150)
+    assert read_rgb(tmp_path / "large.png")[0].size == (30, 10)  # 300 pixels: a warning of Pillow's, no more
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 149)
+    with pytest.raises(UnreadableImage, match="large.png: .*300 pixels.* exceeds limit of 298 pixels"):
+        read_rgb(tmp_path / "large.png")
+
+
+def test_the_name_does_not_matter_and_orientation_is_ignored(tmp_path):
+    draw(tmp_path / "x.png").rename(tmp_path / "x.JPEG")
+    assert read_rgb(tmp_path / "x.JPEG")[0].getpixel((0, 0)) == (10, 20, 30)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.new("RGB", (12, 10)).save(tmp_path / "turned.jpg", exif=exif)
+    assert read_rgb(tmp_path / "turned.jpg")[0].size == (12, 10)
+
+
+def test_postscript_is_not_run(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.eps")
+    (tmp_path / "x.eps").rename(tmp_path / "x.JPEG")
+    with pytest.raises(UnreadableImage, match="x.JPEG: it is PostScript"):
+        read_rgb(tmp_path / "x.JPEG")
+
+
+def test_every_broken_kind_is_one_sentence_that_names_the_file(tmp_path):
+    kinds = broken_images(tmp_path)
+    assert len(kinds) == 9
+    for name, words in kinds.items():
+        with pytest.raises(UnreadableImage) as refusal:
+            read_rgb(tmp_path / name)
+        text = str(refusal.value)
+        assert (
+            text.startswith(f"Cannot read the image {tmp_path / name}: ") and "\n" not in text and " at 0x" not in text
+        )
+        assert words in text
+
+
+@pytest.mark.parametrize("number, replaced", [
+    (errno.EACCES, True), (errno.EIO, True), (errno.EMFILE, False), (errno.ENOMEM, False), (errno.ESTALE, False)
+])  # fmt: skip
+def test_only_what_is_wrong_with_the_file_makes_it_unreadable(tmp_path, monkeypatch, number, replaced):
+    draw(tmp_path / "x.png")
+
+    def fails(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(images, "open", fails, raising=False)
+    with pytest.raises(OSError, match=os.strerror(number)) as refusal:
+        read_rgb(tmp_path / "x.png")
+    assert isinstance(refusal.value, UnreadableImage) is replaced
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_memory_and_interrupts_pass_through(tmp_path, monkeypatch, error):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(images.Image, "open", fails)
+    with pytest.raises(error):
+        read_rgb(draw(tmp_path / "x.png"))
+
+
+# -------------------------------------------------------------------------------- what stands in
+
+
+class Numbers:
+    """Images that are their own index; some cannot be read."""
+
+    def __init__(self, n, broken=(), error=UnreadableImage):
+        self.root, self.n, self.broken, self.error = "ROOT", n, set(broken), error
+
+    def __len__(self):
+        return self.n
+
+    def path(self, i):
+        return f"{i}.jpg"
+
+    def load(self, i):
+        if i in self.broken:
+            raise self.error(f"Cannot read the image {self.path(i)}: it is broken")
+        return torch.tensor(float(i))
+
+
+def numbers(n=10, broken=(), indices=None, *, tolerated=10, views=1, error=UnreadableImage):
+    """Views of `Numbers` whose target is ten times the index."""
+    samples = Samples(Numbers(n, broken, error), 10 * np.arange(n), ())
+    indices = range(n) if indices is None else indices
+    return Views(samples, indices, *[lambda image: image] * views, tolerated=tolerated)
+
+
+@pytest.mark.parametrize("broken, given", [
+    (set(), [7, 3, 5, 1]), ({3}, [7, 5, 5, 1]), ({3, 5}, [7, 1, 1, 1]), ({1}, [7, 3, 5, 7]), ({1, 7}, [3, 3, 5, 3]),
+    ({0, 2, 4}, [7, 3, 5, 1]), ({7, 3, 5}, [1, 1, 1, 1]),
+])  # fmt: skip
+@pytest.mark.parametrize("views", [1, 2])
+def test_the_next_readable_image_of_the_same_list_stands_in(broken, given, views):
+    data = numbers(10, broken, [7, 3, 5, 1], views=views)
+    for _ in range(2):
+        seen = [data[i] for i in range(4)]
+        assert seen == [(*[index] * views, 10 * index, index) for index in given]
+    asked = [i for i in range(4) if data.indices[i] != given[i]]
+    assert set(data.replaced([0, 1, 2, 3], torch.tensor(given))) == broken & {7, 3, 5, 1}
+    assert [data.replaced([i], torch.tensor([given[i]])) != [] for i in range(4)] == [i in asked for i in range(4)]
+
+
+def test_what_lies_between_is_unreadable_too():
+    data = numbers(6, {4, 5, 0})
+    assert data[4][-1] == 1
+    assert data.replaced([4, 2], [1, 2]) == [4, 5, 0]
+
+
+def test_only_unreadable_images_end_in_words_not_in_a_circle():
+    with pytest.raises(UnreadableImage, match="^None of the 5 images in ROOT can be read.$"):
+        numbers(5, range(5))[3]
+    with pytest.raises(UnreadableImage, match="^At least 3 of 1000 images in ROOT cannot be read and --max-bad-images "
+                       "allows 2: 3.jpg, 4.jpg, 5.jpg; script/check_images.py finds all.$"):  # fmt: skip
+        numbers(1000, range(1000), tolerated=2)[3]
+    with pytest.raises(UnreadableImage, match="^At least 1 .* allows 0: 3.jpg; "):
+        numbers(5, {3}, tolerated=0)[3]
+
+
+def test_evaluation_replaces_nothing():
+    data = numbers(5, {3}, tolerated=None)
+    assert data[2][-1] == 2
+    with pytest.raises(UnreadableImage, match="^Cannot read the image 3.jpg: it is broken; evaluation replaces no"):
+        data[3]
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError, OSError, ValueError])
+def test_other_errors_are_not_swallowed(error):
+    with pytest.raises(error, match="it is broken"):
+        numbers(5, {3}, error=error)[3]
+
+
+# -------------------------------------------------------------------------------- through the loaders
+
+
+def epoch(data, workers=0, batch=4, steps=3, epoch=0):
+    """Indices of one epoch's batches, repeated augmentation off."""
+    loader = training_loader(data, training_order(len(data)), batch, steps, seed=0, epoch=epoch, rank=0,
+                             num_workers=workers, pin_memory=False, stream=0)  # fmt: skip
+    batches = list(to_device(watched(loader), torch.device("cpu")))
+    assert len(batches) == steps
+    for *views, targets, indices in batches:
+        assert all(view.tolist() == indices.tolist() for view in views) and torch.equal(targets, 10 * indices)
+    return [batch[-1].tolist() for batch in batches]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_with_broken_images(workers, capsys):
+    whole = epoch(numbers(12), workers)
+    capsys.readouterr()
+    data = numbers(12, {3, 4, 11})
+    stand_in = {3: 5, 4: 5, 11: 0}
+    expected = [[stand_in.get(index, index) for index in batch] for batch in whole]
+    assert [epoch(data, workers) for _ in range(2)] == [expected] * 2
+    told = capsys.readouterr().out.splitlines()
+    words = "it is broken; the next readable image stands in for it."
+    assert sorted(told) == [f"[rank 0] Cannot read the image {i}.jpg: {words}" for i in (11, 3, 4)]  # each once
+    assert count_unreadable(data, None) == 3
+    assert capsys.readouterr().out == "Unreadable images in this epoch: 3.\n"
+    assert epoch(data, workers) == expected and capsys.readouterr().out == ""  # told of before
+    assert [count_unreadable(data), count_unreadable(data)] == [3, 0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_more_than_tolerated_over_several_steps_end_the_run(workers):
+    assert len(epoch(numbers(12, {1, 5, 9}, tolerated=3), workers)) == 3
+    with pytest.raises(UnreadableImage) as refusal:
+        epoch(numbers(12, {1, 5, 9}, tolerated=2), workers)
+    assert str(refusal.value) == ("At least 3 of 12 images in ROOT cannot be read and --max-bad-images allows 2: "
+                                  "1.jpg, 5.jpg, 9.jpg; script/check_images.py finds all.")  # fmt: skip
+
+
+def test_other_processes_images_count_at_the_end_of_the_epoch(monkeypatch):
+    data = numbers(12, {1, 5, 9}, tolerated=2)
+    data.met = {1}
+    monkeypatch.setattr("loading.gather", lambda met: [met, {5}])
+    assert count_unreadable(data) == 2 and data.unreadable == {1, 5} and data.met == set()
+    monkeypatch.setattr("loading.gather", lambda met: [met, {9}])
+    with pytest.raises(UnreadableImage, match="At least 3 of 12 .*: 1.jpg, 5.jpg, 9.jpg; "):
+        count_unreadable(data)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_workers_error_is_one_sentence(workers):
+    loader = evaluation_loader(numbers(5, {3}, tolerated=None), 2, world=1, rank=0, num_workers=workers,
+                               pin_memory=False)  # fmt: skip
+    with pytest.raises(UnreadableImage) as refusal:
+        list(watched(loader))
+    assert str(refusal.value) == ("Cannot read the image 3.jpg: it is broken; evaluation replaces no image: mend or "
+                                  "remove this one.")  # fmt: skip
+
+
+def test_a_disk_that_changes_its_mind_is_told_of(capsys):
+    data = numbers(4, {2})
+    source = data.samples.source
+    loader = training_loader(data, training_order(4), 4, 1, seed=0, epoch=0, rank=0, num_workers=0, pin_memory=False,
+                             stream=0)  # fmt: skip
+    load, loads = source.load, []
+
+    def once_broken(i):
+        loads.append(i)
+        source.broken = {2} if loads.count(2) == 1 else set()
+        return load(i)
+
+    source.load = once_broken
+    list(watched(loader))
+    assert "2.jpg could not be read, and now it can: look after its disk" in capsys.readouterr().out
+
+
+def test_shares_and_numbers_of_tolerated_images():
+    from datasets import _tolerated
+
+    def tolerated(limit, n):
+        return _tolerated(argparse.Namespace(max_bad_images=limit), range(n))
+
+    assert [tolerated(0.001, n) for n in (999, 1000, 128_116, 1_281_167)] == [0, 1, 128, 1281]
+    assert [tolerated(limit, 100) for limit in (0, 0.29, 1.0, 7.0)] == [0, 29, 1, 7]
+
+
+# -------------------------------------------------------------------------------- whole runs
+
+RUN = [*SMALL, "--model", "resnet10t", "--input-size", "48", "--batch-size", "6", "--mu", "0.34", "--epochs", "2",
+       "--drop-path", "0", "--warmup-epochs", "0", "--max-bad-images", "2"]  # fmt: skip
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Twelve labelled among 30 train images; two of the labelled ones are broken."""
+    root = make_tree(tmp_path / "tree", train=10, labelled=4, val=2)
+    (root / "train" / "class1" / "c1_2.png").write_bytes(b"")
+    (root / "train" / "class2" / "c2_0.png").write_text("404 Not Found")
+    return root
+
+
+def run(tree, *words):
+    data = ["--data-path", tree, "--data-split-file", tree / "labelled.txt"]
+    program.main(argparse.ArgumentParser(parents=[get_args_parser()]).parse_args([*map(str, [*RUN, *data, *words])]))
+
+
+def records(folder):
+    """The lines of a log.txt but for times."""
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def test_a_run_goes_on_tells_and_is_the_same_after_a_resume(tree, tmp_path, capsys):
+    run(tree, "--output_dir", tmp_path / "whole", "--num_workers", "2")
+    told = capsys.readouterr().out
+    for name, why in (("c1_2.png", "it is empty"), ("c2_0.png", "it is no image that Pillow knows")):
+        assert told.count(f"{name}: {why}; the next readable image stands in for it.") == 2  # of both sets
+    assert "Unreadable images in this epoch: 4." in told
+    run(tree, "--output_dir", tmp_path / "half", "--epochs", "1")
+    run(tree, "--output_dir", tmp_path / "half", "--resume", tmp_path / "half" / "checkpoint.pth")
+    whole, half = records(tmp_path / "whole"), records(tmp_path / "half")
+    assert [record["train_bad_images"] for record in whole] == [record["train_bad_images"] for record in half]
+    assert whole[0]["train_bad_images"] == 4
+
+
+def test_too_many_end_the_program_with_one_sentence(tree):
+    done = semi_main(*RUN, "--data-path", tree, "--data-split-file", tree / "labelled.txt", "--max-bad-images", "0.05",
+                     "--num_workers", "2", check=False)  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("semi_main.py: error: At least 1 of 12 images in ")
+    assert "Traceback" not in done.stderr and "script/check_images.py" in done.stderr
+
+
+def test_a_broken_validation_image_ends_the_program_with_one_sentence(tree):
+    broken = tree / "val" / "class1" / "c1_1.png"
+    broken.write_bytes(broken.read_bytes()[:-200])
+    done = semi_main(*RUN, "--data-path", tree, "--data-split-file", tree / "labelled.txt", "--epochs", "1",
+                     "--num_workers", "1", check=False)  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"semi_main.py: error: Cannot read the image {broken}: ") and "mend or remove" in last
+
+
+def test_two_processes_name_their_broken_images(tree, tmp_path):
+    done = semi_main(*RUN, "--data-path", tree, "--data-split-file", tree / "labelled.txt", "--output_dir",
+                     tmp_path / "out", processes=2)  # fmt: skip
+    told = [line for line in done.stdout.splitlines() if "stands in for it" in line]
+    assert {line.split(":")[0].split()[-1].rsplit("/", 1)[-1] for line in told} == {"c1_2.png", "c2_0.png"}
+    assert all(line.startswith("[rank ") for line in told)
+    counted = [record["train_bad_images"] for record in records(tmp_path / "out")]
+    assert len(counted) == 2 and max(counted) <= 4 and sum(counted) >= 2
+
+
+def test_a_source_of_files_takes_part(tmp_path):
+    draw(tmp_path / "a.png"), (tmp_path / "b.JPEG").mkdir(), (tmp_path / "c.JPEG").symlink_to("nowhere")
+    samples = Samples(FileSource(tmp_path, ["a.png", "b.JPEG", "c.JPEG"]), np.arange(3), ())
+    data = Views(samples, [1, 2, 0], lambda image: image.getpixel((0, 0)), tolerated=2)
+    assert [data[i] for i in range(3)] == [((10, 20, 30), 0, 0)] * 3

@@ -1,0 +1,107 @@
+"""check_images.py: every image is read as training reads it, counted by kind, and the unreadable ones are named."""
+
+import importlib
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from trees import ROOT, broken_images, draw
+
+sys.path.append(str(ROOT / "script"))
+check_images = importlib.import_module("check_images")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """70 good images of many kinds, and eight of every broken kind (its ninth, a folder, holds one more good one)."""
+    root = tmp_path_factory.mktemp("images")
+    for i in range(60):
+        draw(root / "good" / f"{i}.jpg")
+    for mode in ("L", "P", "1", "RGBA", "LA", "CMYK"):
+        draw(root / "kinds" / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}", mode=mode)
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(root / "kinds" / "sixteen.png")
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(root / "kinds" / "float.tif")
+    draw(root / "kinds" / "x.png").rename(root / "kinds" / "png.JPEG")
+    (root / "kinds" / "notes.txt").write_text("no image")
+    draw(root / "kinds" / ".hidden.png")
+    (root / "broken").mkdir()
+    broken_images(root / "broken")
+    draw(root / "broken" / "folder.JPEG" / "in it.png")
+    return root
+
+
+SUMMARY = """\
+        62  RGB
+         1  CMYK, made RGB
+         1  palette, looked up
+         1  1-bit, made RGB
+         1  8-bit grey, made RGB
+         1  grey with alpha, dropped
+         1  RGB with alpha, dropped
+         1  16-bit or wider grey, made 8-bit
+         1  floats, cut to 0..255
+         8  unreadable
+        78  in all below ROOT"""
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_every_kind_is_counted_and_the_broken_ones_are_named(root, workers, tmp_path, capsys):
+    status = check_images.main([str(root), "--workers", str(workers), "--output", str(tmp_path / "bad.txt")])
+    assert status == 1
+    printed = capsys.readouterr()
+    lines = printed.out.replace(str(root), "ROOT").splitlines()
+    assert sorted(lines[8:]) == sorted(SUMMARY.splitlines()) and lines[8] == SUMMARY.splitlines()[0]
+    names = ["bomb.bmp", "cut.JPEG", "cut.png", "dangling.JPEG", "empty.JPEG", "half.webp", "loop.JPEG", "text.JPEG"]
+    assert [line.split(": ")[0] for line in lines[:8]] == [f"Cannot read the image ROOT/broken/{n}" for n in names]
+    assert (tmp_path / "bad.txt").read_text().splitlines() == [f"broken/{name}" for name in names]
+    last = printed.err.splitlines()[-1]
+    assert last.startswith(f"[{'#' * 30}] 78 of 78, 8 unreadable, ") and last.endswith("images/s, 0:00:00 left")
+
+
+def test_good_images_end_with_status_0(root, tmp_path, capsys):
+    assert check_images.main([str(root / "good"), "--output", str(tmp_path / "bad.txt")]) == 0
+    assert capsys.readouterr().out.split()[:4] == ["60", "RGB", "0", "unreadable"]
+    assert (tmp_path / "bad.txt").read_bytes() == b""
+
+
+def test_a_name_that_is_not_utf8(tmp_path, capsys):
+    name = os.fsdecode(b"caf\xe9.png")
+    (tmp_path / "images").mkdir()
+    try:
+        (tmp_path / "images" / name).write_bytes(b"")
+    except (OSError, UnicodeEncodeError):
+        pytest.skip("this file system wants UTF-8")
+    assert check_images.main([str(tmp_path / "images"), "--output", str(tmp_path / "bad.txt")]) == 1
+    assert "caf\\udce9.png: it is empty" in capsys.readouterr().out
+    assert (tmp_path / "bad.txt").read_bytes() == b"caf\xe9.png\n"
+
+
+@pytest.mark.parametrize("words, message", [
+    (["none"], "There is no folder .*none: ROOT must be"), (["empty"], "There is no image below .*empty"),
+    (["good", "--workers", "0"], "--workers 0 must be at least 1"), (["good", "--output", "none/x"], "none/x"),
+])  # fmt: skip
+def test_wrong_words_are_one_sentence(tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    draw(tmp_path / "good" / "a.png")
+    with pytest.raises(SystemExit, match=f"^check_images.py: error: .*{message}[^\n]*$"):
+        check_images.main(words)
+
+
+def test_what_is_no_images_fault_ends_the_check(root, monkeypatch):
+    def fails(_):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(check_images, "read_rgb", fails)
+    with pytest.raises(OSError, match="Too many open files"):
+        check_images.check(root, ["good/0.jpg"])
+
+
+def test_as_a_program(root):
+    done = subprocess.run([sys.executable, ROOT / "script" / "check_images.py", root / "broken", "--workers", "1"],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stdout.splitlines()[-2:] == ["         8  unreadable", f"         9  in all below {root / 'broken'}"]
