@@ -21,6 +21,7 @@ ARROWS = {
     "cifar": {"readers"},
     "transforms": {"randaugment"},
     "checkpoint": {"utils"},
+    "output_folder": {"checkpoint", "utils"},
     "starts": {"checkpoint", "utils"},
     "models": {"models"},
     **{leaf: set() for leaf in ("pseudo_labels", "losses", "readers", "randaugment", "samplers", "utils", "options")},
