@@ -4,10 +4,12 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from trees import SMALL, make_tree
+from trees import ROOT, SMALL, make_tree
 
 import output_folder
 import semi_main
@@ -195,3 +197,10 @@ def test_evaluation_takes_the_newest_too(words, whole, tmp_path):
         argparse.ArgumentParser(parents=[get_args_parser()]).parse_args(args), torch.device("cpu")
     )
     assert meters["checkpoint"] == str(copy / "checkpoint.pth") and meters["epoch"] == 2
+
+
+def test_three_seeded_kills_of_whole_processes_end_identically():
+    script = ROOT / "script" / "prove_resume.py"
+    done = subprocess.run([sys.executable, script, "--quick"], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.endswith("\n3 kills, 3 identical\n")
