@@ -143,13 +143,10 @@ def moment(phase, draw):
     """(what its words must match, whether a .tmp file must be there, seconds to wait then) before a kill."""
     if phase in PHASES[:2]:
         epoch = draw.randrange(SEMI) if phase == PHASES[0] else draw.randrange(SEMI, EPOCHS)
-        return rf"Epoch {epoch} \[1/", False, draw.uniform(0, 0.6)
+        return rf"Epoch {epoch} \[1/", False, draw.uniform(0, 0.3)
     epoch = draw.randrange(EPOCHS)
-    return (
-        rf"Epoch {epoch} \[{STEPS}/{STEPS}\]",
-        phase == PHASES[3],
-        draw.uniform(0, 0.02 if phase == PHASES[3] else 0.1),
-    )
+    writing = phase == PHASES[3]
+    return rf"Epoch {epoch} \[{STEPS}/{STEPS}\]", writing, draw.uniform(0, 0.02 if writing else 0.1)
 
 
 def kill_at(start, folder, phase, draw):
@@ -206,7 +203,7 @@ def differences(folder, whole):
 def one_kill(number, seed, data, work, wholes):
     """Kill a run, start it again, compare; returns the row of the table, its last cell 'yes' or what differs."""
     draw = random.Random(1000 * seed + number)
-    configuration, phase = CONFIGURATIONS[number * 5 % 8], PHASES[(number + number // 4) % 4]
+    configuration, phase = CONFIGURATIONS[number * 5 % 8], PHASES[(number + number // 8) % 4]
     processes, workers, repeated = configuration
     program = number % 10 == 0
     if configuration not in wholes:
@@ -231,7 +228,7 @@ def one_kill(number, seed, data, work, wholes):
 
 
 def full_disk(data, work, wholes):
-    """A run onto a file system that fills up, then again with room; what came of it, in a sentence, and whether well."""
+    """A run onto a disk that fills up, then again with room: what came of it, a sentence, and whether all was well."""
     disk, configuration = work / "disk", CONFIGURATIONS[0]
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=90m", "none", disk]
