@@ -163,10 +163,6 @@ class Meters:
             self._sums[name] = self._sums.get(name, 0.0) + value * n
             self._counts[name] = self._counts.get(name, 0.0) + n
 
-    def is_finite(self, name):
-        """Whether every value of this meter was finite so far, on this process."""
-        return math.isfinite(float(self._sums[name]))
-
     def totals(self):
         """{name: (weighted sum, count)} as plain floats."""
         return {name: (float(self._sums[name]), float(self._counts[name])) for name in self._sums}
