@@ -332,8 +332,10 @@ def lost_a_peer(error):
 
 
 def last_words(program, kind, error, trace):
-    """A `sys.excepthook` once the program's name is given: the rank, and one sentence where that says it all."""
-    rank = f"rank {os.environ['RANK']}: " if dist.is_initialized() else ""
+    """A `sys.excepthook` once the program's name is given: one sentence where that says it all, else the traceback.
+
+    In a process group, PyTorch puts the rank in front of each line.
+    """
     if is_ours(error):
         words = f"{program}: error: {error}\n"
     elif lost_a_peer(error):
@@ -341,5 +343,5 @@ def last_words(program, kind, error, trace):
         words = f"{program}: stopped, because another rank failed: see its error above ({reason})\n"
     else:
         words = "".join(traceback.format_exception(kind, error, trace))
-    sys.stderr.write(rank + words)
+    sys.stderr.write(words)
     sys.stderr.flush()

@@ -63,17 +63,17 @@ def two_ranks(fault, words, tmp_path):
 def test_the_other_rank_ends_too_and_says_in_a_line_why(words, tmp_path, fault):
     (status, peer), (culprits, culprit) = two_ranks(fault, words, tmp_path)
     assert status == 1 and culprits == {"raise": 1, "kill": -9}[fault]
-    (line,) = [line for line in peer.splitlines() if line.startswith("rank 0: ")]
-    assert line.startswith("rank 0: semi_main.py: stopped, because another rank failed: see its error")
+    (line,) = [line for line in peer.splitlines() if line.startswith("[rank0]: ")]
+    assert line.startswith("[rank0]: semi_main.py: stopped, because another rank failed: see its error")
     assert "Traceback" not in peer
     if fault == "raise":
-        assert "rank 1: Traceback" in culprit and culprit.rstrip().endswith("LookupError: this image is cursed")
+        assert "[rank1]: Traceback" in culprit and culprit.rstrip().endswith("LookupError: this image is cursed")
 
 
 def test_a_loss_that_is_not_finite_stops_both_and_names_the_rank_and_its_images(words, tmp_path):
     for rank, (status, said) in enumerate(two_ranks("nan", words, tmp_path)):
         assert status == 1 and "Traceback" not in said
-        assert f"rank {rank}: semi_main.py: error: The loss is not finite: epoch 0, step 0, rank 1: loss_0 nan" in said
+        assert f"[rank{rank}]: semi_main.py: error: The loss is not finite: epoch 0, step 0, rank 1: loss_0 nan" in said
         assert "labelled images [" in said and "unlabelled images [" in said and "Lower --lr" in said
     assert not (tmp_path / "out/checkpoint.pth").exists()
 
@@ -81,7 +81,7 @@ def test_a_loss_that_is_not_finite_stops_both_and_names_the_rank_and_its_images(
 def test_what_rank_0_cannot_write_stops_both_with_its_sentence(words, tmp_path):
     for rank, (status, said) in enumerate(two_ranks("save", words, tmp_path)):
         assert status == 1
-        assert f"rank {rank}: " in said and "checkpoint.pth (No space left on device)" in said or "best.pth (No" in said
+        assert f"[rank{rank}]: " in said and "out/best.pth (No space left on device)" in said
 
 
 @pytest.mark.parametrize("fault, message", [("raise", "LookupError: this image is cursed"), ("kill", "SIGKILL")])
@@ -89,8 +89,8 @@ def test_torchrun_ends_with_the_error_of_the_rank_on_top(words, fault, message):
     job = start(fault, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words)
     said = job.communicate(timeout=120)[1]
     assert job.returncode != 0 and message in said
-    first = said.find("rank 1: Traceback")
-    assert fault == "kill" or 0 <= first < (said.find("rank 0: ") + 1 or len(said))
+    first = said.find("[rank1]: Traceback")
+    assert fault == "kill" or 0 <= first < (said.find("[rank0]: ") + 1 or len(said))
 
 
 def test_an_error_in_a_worker_of_the_unlabelled_loader_ends_the_run(words, tmp_path):
