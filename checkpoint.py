@@ -6,8 +6,12 @@ import os
 import pathlib
 import pickle
 import shutil
+import struct
 import urllib.request
 import uuid
+import zipfile
+import zlib
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from typing import Any
@@ -15,10 +19,12 @@ from urllib.parse import urlsplit
 
 import torch
 
-from utils import say
+from utils import say, sync_folder, writing
 
 # What a published file may hold beside tensors and plain containers. None of these runs code when unpickled.
 SAFE_CLASSES = [argparse.Namespace, pathlib.Path, pathlib.PosixPath, pathlib.PurePosixPath]
+
+WHOLE = ("optimizer", "lr_scheduler", "epoch")  # what a training state has beside the weights
 
 HEADS = {"head", "head_dist", "fc", "classifier", "conv_cls_head", "trans_cls_head"}
 
@@ -72,7 +78,7 @@ class TrainState:
             else:
                 say(f"{path} holds no model_ema: the moving average starts from its weights.")
                 self.ema.module.load_state_dict(self.model.state_dict())
-        lacking = [key for key in ("optimizer", "lr_scheduler", "epoch") if key not in content]
+        lacking = [key for key in WHOLE if key not in content]
         if lacking:
             say(f"{path} lacks {', '.join(lacking)}: its weights are used, the rest starts anew.")
             return
@@ -91,14 +97,45 @@ class TrainState:
         self.best = content.get("best", self.best)
 
 
-def save(content, path):
-    """Write a checkpoint so that `path` is always whole: temporary name, sync, rename."""
+def save(content, path, previous=None):
+    """Write a checkpoint so that `path` is always whole: temporary name, sync, rename, sync of the folder.
+
+    What `path` held before stays as `previous`, if that is given. Raises OSError naming the file where it cannot
+    be written; the files that were there stay as they are. A `.tmp` left by a kill is overwritten.
+    """
     temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if previous is not None and os.path.exists(path):
+                _keep(path, previous)
+            os.replace(temporary, path)
+            sync_folder(os.path.dirname(path))
+        except (OSError, RuntimeError) as error:
+            with suppress(OSError):
+                os.remove(temporary)
+            if isinstance(error.__context__, OSError):  # Of a full disk torch.save says "unexpected pos".
+                raise error.__context__ from error
+            raise
+
+
+def _keep(path, previous):
+    """Let `previous` be the file that `path` is, without a moment in which either name is missing."""
+    temporary = f"{previous}.tmp"
+    with suppress(FileNotFoundError):
+        os.remove(temporary)
+    try:
+        os.link(path, temporary)
+        os.replace(temporary, previous)
+    except OSError:
+        # Some file systems have no hard links (exFAT, some network ones). There `path` is missing until the rename
+        # that follows, and a run killed in that moment goes on from `previous`.
+        os.replace(path, previous)
+    with suppress(FileNotFoundError):
+        os.remove(temporary)  # A rename between two names of one file, as after a kill, leaves both.
 
 
 def fetch(path_or_url):
@@ -136,15 +173,33 @@ def fetch(path_or_url):
     return path
 
 
+def _check_sums(path):
+    """Compare a zip file with its checksums, which torch.load ignores: a flipped bit would become a weight.
+
+    0.3 s a GB from memory. A file of PyTorch before 1.6 is no zip file and has no checksums.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
+
+
+# What the readers of zip, pickle and tensors raise on damaged bytes.
+DAMAGE = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError, ArithmeticError,
+          MemoryError, struct.error, zlib.error, zipfile.BadZipFile)  # fmt: skip
+
+
 def read(path):
     """Read a checkpoint, a path or URL, onto the CPU without running anything pickled in it.
 
-    Raises OSError or ValueError naming the file: not there, damaged, or holding foreign classes.
+    Raises OSError or ValueError naming the file: not there, not readable, damaged, or holding foreign classes.
     """
     path = fetch(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no checkpoint {path}.")
     try:
+        _check_sums(path)
         with torch.serialization.safe_globals(SAFE_CLASSES):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -153,8 +208,12 @@ def read(path):
         raise ValueError(
             f"Refused to load {path}, which is damaged or holds more than weights: {(wanted or reason)[0]}"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"Cannot read the checkpoint {path}, it is damaged or no PyTorch file: {error}") from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"Cannot read the checkpoint {path} ({reason}): it is damaged, or not allowed.") from error
+    except DAMAGE as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"Cannot read the checkpoint {path}, it is damaged or no PyTorch file: {reason}") from error
 
 
 def weights_in(content, path):

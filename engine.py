@@ -1,6 +1,8 @@
 """The training step, its epoch, and the evaluation. Knows no file and no flag."""
 
 import itertools
+import math
+from collections import deque
 from contextlib import contextmanager
 
 import torch
@@ -8,7 +10,7 @@ from torch.nn import functional as F
 
 from losses import objective
 from pseudo_labels import diagnostics, pseudo_label
-from utils import Meters, Progress, gather
+from utils import Meters, Progress, gather, world_and_rank
 
 
 @contextmanager
@@ -39,7 +41,8 @@ def train_step(
         unlabelled: (strong (U, 3, H, W), weak (U, 3, H, W), true classes (U,), ...), or None: supervised only.
         autocast: makes the context of the forward passes and the losses.
         consistent: add the consistency loss.
-    Returns (parts, diagnosis): {name: 0-d tensor} and {name: (0-d tensor, count)}, both on the device.
+    Returns (parts, diagnosis): {name: 0-d tensor} and {name: (0-d tensor, count)}, both on the device; under fp16
+    the diagnosis has `skipped`, 1.0 where the scaler left the step out, else 0.0.
     """
     images, labels = labelled[:2]
     if mixup is not None:
@@ -69,21 +72,53 @@ def train_step(
     if clip_grad is not None:
         state.scaler.unscale_(state.optimizer)
         torch.nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad)
+    scale = state.scaler.get_scale() if state.scaler.is_enabled() else None
     state.scaler.step(state.optimizer)
     state.scaler.update()
+    if scale is not None:
+        # fp16 overflows now and then: the scaler leaves the step out and halves its scale. `scaler.step` waits for
+        # the device to know it, so asking costs nothing more.
+        diagnosis["skipped"] = float(state.scaler.get_scale() < scale), 1
     if state.ema is not None:
         state.ema.update(state.model)
     return parts, diagnosis
 
 
-def _stop_together(meters, epoch, step):
-    """Raise on every rank if any rank's summed loss is no longer finite; one small exchange."""
-    broken = [rank for rank, finite in enumerate(gather(meters.is_finite("loss"))) if not finite]
-    if broken:
-        raise FloatingPointError(
-            f"The loss is not finite: epoch {epoch}, at or before step {step}, on rank(s) {broken}. "
-            "Lower --lr, set --clip-grad or use --amp off."
-        )
+class Watch:
+    """Stops all ranks together where a loss is not finite, and names the step, the parts and the images.
+
+    Steps cost nothing: what they leave stays on the device until `check`, which must come every `window` steps.
+    """
+
+    def __init__(self, epoch, window):
+        self.epoch, self.steps = epoch, deque(maxlen=window)
+
+    def add(self, step, parts, labelled, unlabelled):
+        """Keep a step: its loss parts, and the indices of its batches' images (the last of each, where there)."""
+        images = {"labelled": labelled[2:], "unlabelled": unlabelled[3:] if unlabelled is not None else ()}
+        self.steps.append((step, parts, images))
+
+    def check(self):
+        """Raise FloatingPointError on every rank if any rank's loss was not finite since the last check."""
+        reports = [report for report in gather(self._first_bad()) if report is not None]
+        self.steps.clear()
+        if reports:
+            # The gradients are shared, so the other ranks' losses break one step after the culprit's.
+            step, rank, words = min(reports)
+            raise FloatingPointError(
+                f"The loss is not finite: epoch {self.epoch}, step {step}, rank {rank}: {words}. "
+                "Lower --lr, set --clip-grad or use --amp off."
+            )
+
+    def _first_bad(self):
+        """(step, rank, loss parts and images in words) of this rank's first loss that is not finite, or None."""
+        losses = torch.stack([parts["loss"] for _, parts, _ in self.steps]).tolist()  # waits for the device, once
+        for loss, (step, parts, images) in zip(losses, self.steps):
+            if not math.isfinite(loss):
+                words = [f"{name} {value.item():.4g}" for name, value in parts.items()]
+                words += [f"{name} images {index.tolist()}" for name, rest in images.items() for index in rest]
+                return step, world_and_rank()[1], ", ".join(words)
+        return None
 
 
 def train_one_epoch(
@@ -103,12 +138,13 @@ def train_one_epoch(
 ):
     """Train for one epoch; `labelled` and `unlabelled` (or None) yield batches on the device, `steps` of them.
 
-    Returns {meter: mean over all ranks and steps}: lr, the loss parts and, semi-supervised, the diagnostics.
-    Raises FloatingPointError on all ranks together when a loss is not finite.
+    Returns {meter: mean over all ranks and steps}: lr, the loss parts and, semi-supervised, the diagnostics; under
+    fp16 `skipped`, the share of the steps the gradient scaler left out.
+    Raises FloatingPointError on all ranks together, at most `print_freq` steps after a loss was not finite.
     """
     student.train()
     state.model.train()
-    meters = Meters()
+    meters, watch = Meters(), Watch(epoch, print_freq)
     consistent = unlabelled is not None and recipe.is_consistent(epoch)
     progress = Progress(f"Epoch {epoch}", steps, print_freq, meters.means)
     batches = zip(labelled, unlabelled if unlabelled is not None else itertools.repeat(None))
@@ -125,11 +161,12 @@ def train_one_epoch(
             mixup=mixup,
             clip_grad=clip_grad,
         )
+        watch.add(step, parts, with_labels, without)
         meters.update(lr=state.optimizer.param_groups[0]["lr"], **parts)
         for name, (value, count) in diagnosis.items():
             meters.update(count, **{name: value})
         if step % print_freq == 0 or step == steps - 1:
-            _stop_together(meters, epoch, step)
+            watch.check()
     return meters.means_over_ranks()
 
 

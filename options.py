@@ -235,7 +235,9 @@ def _ema_flags(parser):
 def _checkpoint_flags(parser):
     add = _group(parser, "files: output, resume and initial weights")
     add("--output_dir", default="", help="folder of checkpoints and log.txt; empty: nothing is saved")
-    add("--resume", default="", help="checkpoint to go on from, a path or an https URL; empty: a fresh start")
+    add("--resume", default="",
+        help="checkpoint to go on from, a path or an https URL; auto: the newest complete one of --output_dir, if "
+             "there is one; empty: a fresh start")
     add("--finetune", default="",
         help="checkpoint whose weights to start from, a path or an https URL; a head of another shape is left "
              "out, a position embedding resized; empty: none")

@@ -6,9 +6,9 @@ Source of the loop: DeiT (facebookresearch/deit, main.py); of the method: Weng e
 """
 
 import argparse
+import math
 import sys
 import time
-import traceback
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import options
+import output_folder
 import utils
 from checkpoint import TrainState
 from datasets import build_training_sets, build_validation_set
@@ -146,21 +147,22 @@ def _summary(name, meters):
 
 def evaluate_checkpoint(args, device):
     """`--eval`: the raw and the averaged weights of `--resume` on `val/`; writes OUTPUT/eval.json."""
-    if not args.resume:
+    resume = output_folder.resume_file(args.resume, args.output_dir)
+    if not resume:
         raise ValueError("--eval needs --resume CHECKPOINT, the file to evaluate.")
     views = build_validation_set(args)
     classes = len(views.samples.classes)
     model = _network(args, classes).to(device)
     autocast, _, precision = mixed_precision(options.requested_amp(args), device)
-    content = checkpoint.read(args.resume)
-    checkpoint.load_weights(model, checkpoint.weights_in(content, args.resume), args.resume)
+    content = checkpoint.read(resume)
+    checkpoint.load_weights(model, checkpoint.weights_in(content, resume), resume)
     meters = _evaluate(args, model, views, device, autocast)
     say(_summary("raw", meters))
     if "model_ema" in content:
-        checkpoint.load_weights(model, content["model_ema"], f"{args.resume} (model_ema)")
+        checkpoint.load_weights(model, content["model_ema"], f"{resume} (model_ema)")
         meters["ema"] = _evaluate(args, model, views, device, autocast)
         say(_summary("EMA", meters["ema"]))
-    meters |= {"classes": classes, "checkpoint": args.resume, "epoch": content.get("epoch"), "amp": precision}
+    meters |= {"classes": classes, "checkpoint": resume, "epoch": content.get("epoch"), "amp": precision}
     if args.output_dir and utils.is_main():
         utils.write_json(Path(args.output_dir, "eval.json"), meters)
     return meters
@@ -170,7 +172,7 @@ class Run:
     """One training run: what the flags build, its plan, and its files."""
 
     def __init__(self, args, device):
-        self.args, self.device = args, device
+        self.args, self.device, self.output = args, device, output_folder.Output(args.output_dir)
         self.world, self.rank = utils.world_and_rank()
         self.labelled, self.unlabelled = build_training_sets(args, options.semi_supervised(args))
         classes = self.labelled.samples.classes
@@ -198,11 +200,18 @@ class Run:
         return ModelEmaV3(self.state.model, decay=self.args.model_ema_decay, device=device)
 
     def _load(self):
+        # Where a run begins; the first that applies wins, and nothing after it is read:
+        # 1. --resume auto: the newest complete checkpoint of --output_dir, where it holds one;
+        # 2. --resume FILE or URL: that checkpoint; weights alone if that is all it has;
+        # 3. --finetune, then the --*-load starts in the order of starts.LOADS: weights alone, at --start_epoch;
+        # 4. from scratch: weights drawn from --seed, at --start_epoch.
         args, state = self.args, self.state
-        apply_starts(args, state.model)
-        if args.resume:
+        self.resumed = output_folder.resume_file(args.resume, args.output_dir)
+        if self.resumed:
             state.ema = self._average() if args.model_ema else None
-            state.from_dict(checkpoint.read(args.resume), args.resume)
+            state.from_dict(checkpoint.read(self.resumed), self.resumed)
+        else:
+            apply_starts(args, state.model)
         if args.start_epoch and state.epoch < 0:
             state.epoch = args.start_epoch - 1
             state.scheduler.step(state.epoch)
@@ -243,8 +252,8 @@ class Run:
         say("learning rate: " + ", ".join(f"{rates[e]:.3g} in epoch {e}" for e in shown))
         if not args.output_dir:
             say("No --output_dir: nothing of this run is saved.")
-        elif utils.is_main():
-            record = {
+        self.output.describe(
+            lambda: {
                 "args": vars(args),
                 "environment": utils.environment(),
                 "n_parameters": self.n_parameters,
@@ -253,7 +262,7 @@ class Run:
                 "phases": phases,
                 "images": dict(zip(("labelled", "unlabelled", "validation"), map(len, sizes))),
             }
-            utils.write_json(Path(args.output_dir, "run.json"), record)
+        )
 
     def train_epoch(self, epoch):
         """One epoch of training; returns its meters."""
@@ -303,12 +312,13 @@ class Run:
         meters.pop("images")
         return meters
 
-    def save(self, *names):
-        """Write the state under these names of the output folder."""
-        if self.args.output_dir and utils.is_main():
-            content = self.state.to_dict(self.args)
-            for name in names:
-                checkpoint.save(content, Path(self.args.output_dir, name))
+    def save(self, record=None, latest=True, keep_previous=True):
+        """Write the log line, and the state under the names of its epoch."""
+        state = self.state
+        names = [output_folder.FORK.format(state.epoch)] if self.is_fork(state.epoch) else []
+        names += [output_folder.BEST] if state.best["epoch"] == state.epoch else []
+        names += [output_folder.LATEST] if latest else []
+        self.output.save(lambda: state.to_dict(self.args), names, record, keep_previous)
 
     def is_fork(self, epoch):
         """Whether ablations fork here: the last epoch before the semi or the consistency start."""
@@ -319,27 +329,26 @@ class Run:
         return epoch + 1 in starts
 
     def finish_epoch(self, epoch, train_meters):
-        """Schedule, evaluation, checkpoints and log line of a trained epoch."""
-        args, state = self.args, self.state
+        """Evaluation, schedule, log line and checkpoints of a trained epoch."""
+        args, state, record = self.args, self.state, None
         train_meters = train_meters | {"bad_images": count_unreadable(self.labelled, self.unlabelled)}
         measured = epoch % args.evaluate_freq == 0 or epoch == args.epochs - 1
-        names = [f"epoch_{epoch}_checkpoint.pth"] if self.is_fork(epoch) else []
         state.epoch = epoch
-        if measured or names:
+        if measured or self.is_fork(epoch):
             utils.broadcast_buffers(state.model, *([state.ema.module] if state.ema is not None else []))
         if measured:
             meters = self.evaluate()
-            names.append("checkpoint.pth")
+            if not math.isfinite(meters["loss"]):
+                raise FloatingPointError(
+                    f"After epoch {epoch} the loss on the validation images is {meters['loss']}: the weights are "
+                    "broken, and not saved; lower --lr, set --clip-grad or use --amp off."
+                )
             if meters["acc1"] > state.best["acc1"] or state.best["epoch"] < 0:
                 state.best = {"acc1": meters["acc1"], "epoch": epoch}
-                names.append("best.pth")
-        state.scheduler.step(epoch, metric=state.best["acc1"] if not measured else meters["acc1"])
-        self.save(*names)
-        if measured and args.output_dir and utils.is_main():
             record = {f"train_{k}": v for k, v in train_meters.items()} | {f"test_{k}": v for k, v in meters.items()}
-            utils.append_json_line(
-                Path(args.output_dir, "log.txt"), record | {"epoch": epoch, "n_parameters": self.n_parameters}
-            )
+            record |= {"epoch": epoch, "n_parameters": self.n_parameters}
+        state.scheduler.step(epoch, metric=meters["acc1"] if measured else state.best["acc1"])
+        self.save(record, latest=measured)
 
 
 def train(args, device):
@@ -347,9 +356,13 @@ def train(args, device):
     utils.seed_everything(args.seed)  # the same initial weights on every rank
     run = Run(args, device)
     run.describe()
+    run.output.trim(run.state.epoch)
+    if args.resume == "auto" and run.resumed and Path(run.resumed).name != output_folder.LATEST:
+        # checkpoint.pth is missing or damaged: a damaged one shall not become checkpoint.prev.pth.
+        run.save(keep_previous=False)
     first, start = run.state.epoch + 1, time.time()
     if first >= args.epochs:
-        say(f"Nothing left to train: {args.resume or 'the start'} is at epoch {first - 1} of --epochs {args.epochs}.")
+        say(f"Nothing left to train: {run.resumed or 'the start'} is at epoch {first - 1} of --epochs {args.epochs}.")
     for epoch in range(first, args.epochs):
         run.finish_epoch(epoch, run.train_epoch(epoch))
     best = run.state.best
@@ -363,24 +376,14 @@ def main(args):
     start_files(args)  # Refuses a flag without its file before any data is read.
     device = utils.init_distributed(args.device, args.dist_url, args.world_size, args.use_submitit)
     if args.output_dir:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        with utils.writing(args.output_dir):
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     (evaluate_checkpoint if args.eval else train)(args, device)
     # gloo ends with the process; torch 2.6 can hang in its destructor, which waits for a thread that needs the GIL.
     if dist.is_initialized() and dist.get_backend() == "nccl":
         dist.destroy_process_group()
 
 
-def _is_ours(error):
-    """Whether our own code raised it to speak to the user; a library's error keeps its traceback."""
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return raised_in.is_relative_to(Path(__file__).parent) and "site-packages" not in raised_in.parts
-
-
 if __name__ == "__main__":
-    arguments = argparse.ArgumentParser("semi_main.py", parents=[get_args_parser()]).parse_args()
-    try:
-        main(arguments)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if not _is_ours(error):
-            raise
-        sys.exit(f"semi_main.py: error: {error}")
+    sys.excepthook = partial(utils.last_words, "semi_main.py")
+    main(argparse.ArgumentParser("semi_main.py", parents=[get_args_parser()]).parse_args())

@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from collections import deque
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -93,6 +95,24 @@ def gather(thing):
     return things
 
 
+def on_main(function, *args):
+    """What the function returns on the main process, on every rank; every rank must call it.
+
+    Where it raises OSError, ValueError or RuntimeError there, every rank raises that error.
+    """
+    outcome = [None]
+    if is_main():
+        try:
+            outcome = [function(*args)]
+        except (OSError, ValueError, RuntimeError) as error:
+            outcome = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
+
+
 def broadcast_buffers(*models):
     """Give every rank rank 0's buffers (BatchNorm statistics), so that a logged figure belongs to a checkpoint."""
     if dist.is_initialized():
@@ -147,10 +167,6 @@ class Meters:
             value = value.detach().double() if torch.is_tensor(value) else float(value)
             self._sums[name] = self._sums.get(name, 0.0) + value * n
             self._counts[name] = self._counts.get(name, 0.0) + n
-
-    def is_finite(self, name):
-        """Whether every value of this meter was finite so far, on this process."""
-        return math.isfinite(float(self._sums[name]))
 
     def totals(self):
         """{name: (weighted sum, count)} as plain floats."""
@@ -211,15 +227,76 @@ class Progress:
         say(f"{self.header} {place}  eta: {_duration(eta)}  {figures}  time: {step:.3f} s  data: {data:.3f} s{memory}")
 
 
+@contextmanager
+def writing(path):
+    """Let a failure to write say in one sentence which file it was and what to do; an OSError."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"Cannot write {path} ({reason}): make room there, or choose another --output_dir.") from error
+
+
+def sync_folder(folder):
+    """Wait until the names in a folder are on the disk: a rename alone may be lost with the power."""
+    descriptor = os.open(folder or ".", os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_whole(path, text):
+    """Replace a text file so that it is always whole."""
+    temporary = f"{path}.tmp"
+    with writing(path):
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(os.path.dirname(path))
+
+
 def append_json_line(path, record):
-    """Add one JSON object to a JSON-lines file."""
-    with open(path, "a", encoding="utf-8") as file:
+    """Add one JSON object to a JSON-lines file, and see it onto the disk. Raises OSError naming the file."""
+    with writing(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def trim_json_lines(path, epoch):
+    """Keep a log's lines up to an epoch; later ones, and half-written ones, go to `<stem>.dropped<suffix>`.
+
+    A run that goes on from the epoch writes the later ones again. Returns the number of lines moved.
+    Raises OSError naming the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return 0
+    kept, dropped = [], []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        (kept if _epoch_of(line) <= epoch else dropped).append(line)
+    if dropped:
+        aside = path.with_suffix(f".dropped{path.suffix}")
+        with writing(aside), open(aside, "a", encoding="utf-8") as file:
+            file.write("".join(line.rstrip("\n") + "\n" for line in dropped))
+        _write_whole(path, "".join(kept))
+    return len(dropped)
+
+
+def _epoch_of(line):
+    """The epoch of a log line; infinite for one that is not whole."""
+    try:
+        return json.loads(line)["epoch"] if line.endswith("\n") else math.inf
+    except (ValueError, LookupError, TypeError):
+        return math.inf
 
 
 def write_json(path, record):
-    """Write one JSON object, indented."""
-    Path(path).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    """Write one JSON object, indented; the file is always whole. Raises OSError naming it."""
+    _write_whole(path, json.dumps(record, indent=2, default=str) + "\n")
 
 
 def environment():
@@ -240,3 +317,36 @@ def environment():
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "revision": git and git.stdout.strip() or None,
     }
+
+
+# ---------------------------------------------------------------------------------------------- last words
+
+
+def is_ours(error):
+    """Whether our own code raised it to speak to the user; a library's error keeps its traceback."""
+    if not isinstance(error, ValueError | OSError | FloatingPointError):
+        return False
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return raised_in.is_relative_to(Path(__file__).parent) and "site-packages" not in raised_in.parts
+
+
+def lost_a_peer(error):
+    """Whether the error is but the echo of another rank's end: a connection to it closed."""
+    gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    return dist.is_initialized() and (gloo or isinstance(error, dist.DistBackendError | dist.DistNetworkError))
+
+
+def last_words(program, kind, error, trace):
+    """A `sys.excepthook` once the program's name is given: one sentence where that says it all, else the traceback.
+
+    In a process group, PyTorch puts the rank in front of each line.
+    """
+    if is_ours(error):
+        words = f"{program}: error: {error}\n"
+    elif lost_a_peer(error):
+        reason = str(error).strip().splitlines()[0]
+        words = f"{program}: stopped, because another rank failed: see its error above ({reason})\n"
+    else:
+        words = "".join(traceback.format_exception(kind, error, trace))
+    sys.stderr.write(words)
+    sys.stderr.flush()

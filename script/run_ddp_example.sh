@@ -2,15 +2,13 @@
 # The 75.5 % run: Semiformer-S, 10 % of the labels, 600 epochs, 8 GPUs x 108 images. Hyper-parameters as published.
 # Usage: DATA_ROOT=/path/to/imagenet SPLIT=lists/fixmatch10.txt OUTPUT=runs/semiformer_s \
 #            bash script/run_ddp_example.sh [flags of semi_main.py]
-# Flags you add come last and win. NGPU (default 8) sets the processes. Goes on from OUTPUT/checkpoint.pth if there is one.
+# Flags you add come last and win. NGPU (default 8) sets the processes. Started again, it goes on from the newest checkpoint in OUTPUT.
 set -euo pipefail
 : "${DATA_ROOT:?set DATA_ROOT to the folder that holds train/ and val/}" "${SPLIT:?set SPLIT to the file that lists the labelled images}"
 here=$(cd "$(dirname "$0")/.." && pwd)
 OUTPUT=${OUTPUT:-output/semiformer_small}
-RESUME=()
-if [ -f "$OUTPUT/checkpoint.pth" ]; then RESUME=(--resume "$OUTPUT/checkpoint.pth"); fi
 exec "${PYTHON:-python3}" -m torch.distributed.run --standalone --nproc_per_node="${NGPU:-8}" "$here/semi_main.py" \
     --model Semiformer_small_patch16 --data-set SEMI-IMNET --data-path "$DATA_ROOT" --data-split-file "$SPLIT" \
     --batch-size 108 --lr 1e-3 --epochs 600 --mu 0.125 --temperature 1.0 --threshold 0.7 --semi-lambda 4 \
     --semi-start-epoch 30 --pseudo-type cnn --unlabel-smooth --mixup 0 --cutmix 0 --no-repeated-aug \
-    --evaluate-freq 4 --num_workers 10 --output_dir "$OUTPUT" ${RESUME[@]+"${RESUME[@]}"} "$@"
+    --evaluate-freq 4 --num_workers 10 --output_dir "$OUTPUT" --resume auto "$@"

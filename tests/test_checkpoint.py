@@ -1,9 +1,14 @@
 """Saving and loading: whole files, nothing foreign executed, every mismatch named."""
 
 import argparse
+import errno
 import os
 import pathlib
 import pickle
+import random
+import resource
+import shutil
+import subprocess
 from collections import OrderedDict
 
 import pytest
@@ -62,9 +67,78 @@ def test_the_file_has_the_published_keys_and_replaces_the_old_one_whole(tmp_path
     assert os.listdir(tmp_path) == ["checkpoint.pth"]
     before = path.read_bytes()
     monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("No space left on device")))
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"Cannot write .*checkpoint\.pth \(No space left on device\): make room there"):
         checkpoint.save(state.to_dict(argparse.Namespace(lr=2)), path)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["checkpoint.pth"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_previous_file_stays_and_neither_name_is_ever_missing(tmp_path, monkeypatch, links):
+    path, previous, seen = tmp_path / "checkpoint.pth", tmp_path / "checkpoint.prev.pth", []
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+    replace = os.replace
+
+    def watched(source, target):
+        replace(source, target)
+        seen.append((path.exists(), previous.exists()))
+
+    monkeypatch.setattr(os, "replace", watched)
+    for k in range(3):
+        (tmp_path / "checkpoint.prev.pth.tmp").write_bytes(b"left by a kill")
+        checkpoint.save({"epoch": k}, path, previous)
+        assert checkpoint.read(path)["epoch"] == k
+        assert k == 0 or checkpoint.read(previous)["epoch"] == k - 1
+    assert seen == [(True, False), *[(links, True), (True, True)] * 2]
+    # Killed between its two renames, a run has one file under both names, and saves again.
+    os.remove(previous), shutil.copyfile(path, tmp_path / "x"), replace(tmp_path / "x", previous)
+    os.remove(path), (os.link if links else shutil.copyfile)(previous, path)
+    checkpoint.save({"epoch": 3}, path, previous)
+    assert (checkpoint.read(path)["epoch"], checkpoint.read(previous)["epoch"]) == (3, 2)
+    left = set() if links else {"checkpoint.prev.pth.tmp"}
+    assert set(os.listdir(tmp_path)) - left == {"checkpoint.pth", "checkpoint.prev.pth"}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", folder]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def assert_refused(path, previous, reason):
+    with pytest.raises(OSError, match=rf"Cannot write .*{path.name} \({reason}\): make room there, or choose ") as said:
+        checkpoint.save({"epoch": 9, "tensor": torch.randn(200_000)}, path, previous)
+    assert "\n" not in str(said.value)
+    assert (checkpoint.read(path)["epoch"], checkpoint.read(previous)["epoch"]) == (1, 0)
+
+
+def test_a_full_disk_leaves_both_checkpoints_and_a_sentence(small_disk):
+    path, previous = small_disk / "checkpoint.pth", small_disk / "checkpoint.prev.pth"
+    for k in range(2):
+        checkpoint.save({"epoch": k, "tensor": torch.randn(10_000)}, path, previous)
+    assert_refused(path, previous, "No space left on device")
+    assert set(os.listdir(small_disk)) == {path.name, previous.name}
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    assert_refused(path, previous, "Read-only file system")
+
+
+def test_a_file_that_may_not_grow_leaves_both_checkpoints_and_a_sentence(tmp_path):
+    path, previous = tmp_path / "checkpoint.pth", tmp_path / "checkpoint.prev.pth"
+    for k in range(2):
+        checkpoint.save({"epoch": k}, path, previous)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        assert_refused(path, previous, "File too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert set(os.listdir(tmp_path)) == {path.name, previous.name}
 
 
 def test_a_published_file_loads_with_its_namespace_and_paths(tmp_path):
@@ -107,15 +181,57 @@ def test_a_hostile_pickle_is_refused_and_runs_nothing(tmp_path):
     assert mark.exists()  # the same object does run code where pickle is trusted
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
+@pytest.mark.parametrize("damage", ["truncated", "cut by a byte", "empty", "text"])
 def test_a_damaged_file_is_named(tmp_path, damage):
     path = tmp_path / "checkpoint.pth"
     torch.save(state_of().to_dict(None), path)
-    path.write_bytes({"truncated": path.read_bytes()[:1000], "empty": b"", "text": b"not a checkpoint\n"}[damage])
-    with pytest.raises(ValueError, match=r"checkpoint\.pth"):
+    whole = path.read_bytes()
+    kinds = {"truncated": whole[:1000], "cut by a byte": whole[:-1], "empty": b"", "text": b"not a checkpoint\n"}
+    path.write_bytes(kinds[damage])
+    with pytest.raises((ValueError, OSError), match=r"checkpoint\.pth") as said:
         checkpoint.read(path)
+    assert "\n" not in str(said.value)
     with pytest.raises(FileNotFoundError, match="There is no checkpoint .*none.pth"):
         checkpoint.read(tmp_path / "none.pth")
+
+
+def same(one, other):
+    """Whether two checkpoints' contents are equal to the bit."""
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return torch.equal(one, other) if torch.is_tensor(one) else one == other
+
+
+def test_a_flipped_bit_of_a_weight_is_found_though_pytorch_does_not_look(tmp_path):
+    path, content = tmp_path / "checkpoint.pth", state_of().to_dict(None)
+    checkpoint.save(content, path)
+    whole = path.read_bytes()
+    place = whole.index(content["model"]["body.weight"].numpy().tobytes())
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    assert not same(torch.load(path, weights_only=False), content)
+    with pytest.raises(ValueError, match=r"Cannot read the checkpoint .*checkpoint\.pth, it is damaged .*checksum"):
+        checkpoint.read(path)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_any_flipped_bit_or_cut_gives_the_same_content_or_one_sentence(tmp_path, legacy):
+    path, content = tmp_path / "checkpoint.pth", state_of().to_dict(argparse.Namespace(lr=1))
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    whole, draw, refused = path.read_bytes(), random.Random(5), 0
+    for k in range(300):
+        place = draw.randrange(len(whole))
+        cut = whole[:place] if k % 3 == 0 else whole[:place] + bytes([whole[place] ^ 1 << k % 8]) + whole[place + 1 :]
+        path.write_bytes(cut)
+        try:
+            read = checkpoint.read(path)
+            # A file of the old kind has no checksums: it may be read as another one.
+            assert legacy or same(read, content)
+        except (ValueError, OSError) as error:
+            assert "checkpoint.pth" in str(error) and "\n" not in str(error)
+            refused += 1
+    assert legacy or refused > 100
 
 
 def test_other_networks_and_class_counts_are_named():

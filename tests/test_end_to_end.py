@@ -12,7 +12,8 @@ import torch
 from trees import ROOT, SMALL, make_tree, semi_main
 
 from options import get_args_parser
-from semi_main import _is_ours, main
+from semi_main import main
+from utils import is_ours
 
 RUN = [
     *SMALL,
@@ -57,7 +58,14 @@ def two_ranks(tree, tmp_path_factory):
 
 def test_two_ranks_train_two_epochs_and_leave_what_a_user_needs(two_ranks):
     out, _, done = two_ranks
-    assert sorted(os.listdir(out)) == ["best.pth", "checkpoint.pth", "epoch_0_checkpoint.pth", "log.txt", "run.json"]
+    assert sorted(os.listdir(out)) == [
+        "best.pth",
+        "checkpoint.prev.pth",
+        "checkpoint.pth",
+        "epoch_0_checkpoint.pth",
+        "log.txt",
+        "run.json",
+    ]
     first, second = log(out)
     assert (first["epoch"], second["epoch"]) == (0, 1) and "train_loss_0_u" not in first
     published = {
@@ -383,4 +391,4 @@ def test_a_librarys_error_keeps_its_traceback():
         json.loads("{")
     with pytest.raises(ValueError) as ours:
         run_main(*RUN, "--mu", "0.01")
-    assert (_is_ours(library.value), _is_ours(ours.value)) == (False, True)
+    assert (is_ours(library.value), is_ours(ours.value)) == (False, True)

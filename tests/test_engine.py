@@ -13,6 +13,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn import functional as F
 
+import engine
 import semi_main
 from checkpoint import TrainState
 from engine import evaluate, evaluating, train_one_epoch, train_step
@@ -205,8 +206,50 @@ def test_an_epoch_reports_means_over_its_steps_and_stops_on_a_loss_that_is_not_f
     kept = [(d["pseudo_acc"][0].item(), d["pseudo_acc"][1].item()) for _, d in history]
     assert meters["pseudo_acc"] == pytest.approx(sum(v * n for v, n in kept) / sum(n for _, n in kept), rel=1e-6)
     both[1][0][0][0, 0, 0, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"not finite: epoch 0, at or before step 2, on rank\(s\) \[0\]"):
-        run([b[0] for b in both], [b[1] for b in both])
+    labelled = [(*b[0], torch.arange(4) + 10 * k) for k, b in enumerate(both)]
+    unlabelled = [(*b[1], torch.arange(6) + 100 * k) for k, b in enumerate(both)]
+    named = (
+        r"not finite: epoch 0, step 1, rank 0: loss_0 nan, .*, loss nan, "
+        r"labelled images \[10, 11, 12, 13\], unlabelled images \[100, 101, 102, 103, 104, 105\]\. Lower --lr"
+    )
+    with pytest.raises(FloatingPointError, match=named):
+        run(labelled, unlabelled)
+
+
+def test_a_bad_loss_stops_at_the_next_line_and_the_first_rank_to_have_one_is_named(monkeypatch):
+    """17 steps, lines at 0, 10 and 16: a loss of step 12 is told at the end, one of step 3 at 10."""
+    other, watched = [], []
+    monkeypatch.setattr(engine, "gather", lambda own: (watched.append(own), [own, *other])[1])
+    torch.manual_seed(1)
+    model = Linear()
+    run = partial(train_one_epoch, state_of(model), model, model, recipe=Recipe(), epoch=2, steps=17)
+    data = [(*labelled, torch.arange(4)) for labelled, _ in batches(17)]
+    run(data, None, autocast=nullcontext)
+    assert watched == [None, None, None]
+    with pytest.raises(FloatingPointError, match="epoch 2, step 11, rank 3: loss nan. Lower"):
+        other.append((11, 3, "loss nan"))
+        run(data, None, autocast=nullcontext)
+    other.clear(), watched.clear(), data[12][0].fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match="step 12, rank 0: loss_0 nan, loss_1 nan, loss nan, labelled"):
+        run(data, None, autocast=nullcontext)
+    assert watched[:2] == [None, None] and watched[2][:2] == (12, 0) and len(watched) == 3
+
+
+def test_the_scalers_skipped_steps_are_counted_and_no_failure():
+    torch.manual_seed(1)
+    model, calls = Linear(), []
+    state = state_of(model, ema=None)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+
+    def overflow(gradient):
+        calls.append(None)
+        return gradient * float("inf") if len(calls) in (3, 4, 9) else gradient
+
+    model.heads[0].bias.register_hook(overflow)
+    data = [labelled for labelled, _ in batches(20)]
+    meters = train_one_epoch(state, model, model, data, None, Recipe(), epoch=0, steps=20, autocast=nullcontext)
+    assert meters["skipped"] == pytest.approx(3 / 20) and state.scaler.get_scale() == 2.0**7
+    assert np.isfinite(meters["loss"]) and all(p.isfinite().all() for p in model.parameters())
 
 
 def test_evaluation_equals_a_slow_loop_over_images_and_weighs_images_not_batches():

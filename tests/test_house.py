@@ -23,6 +23,7 @@ ARROWS = {
     "fashion": {"readers"},
     "transforms": {"randaugment"},
     "checkpoint": {"utils"},
+    "output_folder": {"checkpoint", "utils"},
     "starts": {"checkpoint", "utils"},
     "models": {"models"},
     **{leaf: set() for leaf in ("pseudo_labels", "losses", "images", "randaugment", "samplers", "utils", "options")},

@@ -338,7 +338,7 @@ def test_an_interrupted_local_job_ends_as_one_never_interrupted(tree, tmp_path):
         job = int(re.match(r"Job (\d+), folder", launcher.stdout.readline()).group(1))
         named = launcher.stdout.readline()  # now, or communicate() may miss what is buffered with the line above
         folder = tmp_path / "output/jobs" / str(job)
-        wait_for(lambda: lines(folder / "log.txt"), launcher, until)
+        wait_for((folder / "checkpoint.pth").exists, launcher, until)
         tasks = children(job)
         assert len(tasks) == 2
         for task in tasks:  # as Slurm does, shortly before the time is up

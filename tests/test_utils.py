@@ -101,16 +101,6 @@ def test_sums_do_not_lose_small_steps():
     assert meters.totals()["value"] == (100_000_100.0, 101.0)  # float32 would stay at 1e8
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), torch.tensor(float("nan"))])
-def test_a_meter_knows_whether_it_was_always_finite(bad):
-    meters = Meters()
-    meters.update(loss=1.0, other=torch.tensor(2.0))
-    assert meters.is_finite("loss") is True and meters.is_finite("other") is True
-    meters.update(loss=bad)
-    meters.update(loss=1.0, other=1.0)
-    assert meters.is_finite("loss") is False and meters.is_finite("other") is True
-
-
 def test_ranks_are_merged_by_their_counts(monkeypatch):
     monkeypatch.setattr(utils, "gather", lambda totals: [totals, {"loss": (30.0, 10.0), "far": (4.0, 2.0)}])
     meters = Meters()

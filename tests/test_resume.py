@@ -1,0 +1,206 @@
+"""A run that was killed and goes on ends as one that never was: --resume auto, the log, and who wins over whom."""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from trees import ROOT, SMALL, make_tree
+
+import output_folder
+import semi_main
+import utils
+from options import get_args_parser
+
+FILES = ("checkpoint.pth", "best.pth", "epoch_0_checkpoint.pth")
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    tree = make_tree(tmp_path_factory.mktemp("tree"), train=4, val=2)
+    tiny = ["--batch-size", "4", "--mu", "0.5"]
+    data = ["--data-path", tree, "--data-split-file", tree / "labelled.txt", "--semi-start-epoch", "1"]
+    return [*SMALL, *tiny, *data, "--steps-per-epoch", "1", "--warmup-epochs", "0", "--model-ema-decay", "0.5"]
+
+
+def run(words, *more):
+    """Train in this process; semi_main's Run."""
+    args = argparse.ArgumentParser(parents=[get_args_parser()]).parse_args([str(w) for w in (*words, *more)])
+    with utils.writing(args.output_dir):
+        os.makedirs(args.output_dir or ".", exist_ok=True)
+    return semi_main.train(args, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def whole(words, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    run(words, "--epochs", "3", "--output_dir", folder)
+    return folder
+
+
+def state_in(path):
+    """What is in a checkpoint but its flags, with tensors as bytes, so that == compares to the bit."""
+    content = torch.load(path, weights_only=False)
+    del content["args"]
+
+    def plain(thing):
+        if isinstance(thing, dict):
+            return {key: plain(value) for key, value in thing.items()}
+        return (thing.dtype, thing.shape, thing.numpy().tobytes()) if torch.is_tensor(thing) else thing
+
+    return plain(content)
+
+
+def assert_same(folder, whole):
+    assert (folder / "log.txt").read_bytes() == (whole / "log.txt").read_bytes()
+    for name in FILES:
+        assert state_in(folder / name) == state_in(whole / name), name
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the program catches it."""
+
+
+class Disk:
+    """Counts what is done to the disk, and kills the run in the middle of a chosen operation."""
+
+    def __init__(self, monkeypatch, last=None):
+        self.done, self.last = [], last
+        link, replace, save, append = os.link, os.replace, torch.save, utils.append_json_line
+
+        def half_saved(content, file):
+            file.write(b"half a file")
+            file.flush()
+
+        def half_appended(path, record):
+            with open(path, "a") as file:
+                file.write(json.dumps(record)[:40])
+
+        for owner, name, real, half in (
+            (os, "link", link, lambda *names: None),
+            (os, "replace", replace, lambda *names: None),
+            (torch, "save", save, half_saved),
+            (utils, "append_json_line", append, half_appended),
+        ):
+            monkeypatch.setattr(owner, name, lambda *a, n=name, real=real, half=half: self(n, real, half, a))
+
+    def __call__(self, name, real, half, arguments):
+        killed = len(self.done) == self.last
+        self.done.append(name)
+        (half if killed else real)(*arguments)
+        if killed:
+            raise Killed
+
+
+def operations():
+    """run.json; epoch 0's log line, fork, best and checkpoint.pth; epochs 1 and 2 have no fork, and maybe no best."""
+    return range(22)
+
+
+@pytest.mark.parametrize("last", operations())
+def test_a_run_killed_in_any_operation_on_the_disk_ends_as_one_never_killed(words, whole, tmp_path, monkeypatch, last):
+    given = [*words, "--epochs", "3", "--output_dir", tmp_path, "--resume", "auto"]
+    with monkeypatch.context() as patch:
+        disk = Disk(patch, last)
+        try:
+            run(given)
+        except Killed:
+            assert len(disk.done) == last + 1
+        else:
+            assert len(disk.done) <= last and disk.done.count("append_json_line") == 3  # all of them have been tried
+    run(given)
+    assert_same(tmp_path, whole)
+    assert {n for n in os.listdir(tmp_path) if "dropped" not in n} == set(os.listdir(whole))
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "gone"])
+def test_auto_names_the_damaged_file_and_takes_the_older_one(words, whole, tmp_path, capsys, damage):
+    folder = tmp_path / "out"
+    shutil.copytree(whole, folder)
+    latest, previous = folder / "checkpoint.pth", folder / "checkpoint.prev.pth"
+    os.remove(folder / "best.pth"), os.remove(folder / "epoch_0_checkpoint.pth")
+    content = latest.read_bytes()
+    middle = len(content) // 2
+    latest.write_bytes(content[:middle] + {"cut": b"", "gone": b""}.get(damage, b"?" + content[middle + 1 :]))
+    if damage == "gone":
+        os.remove(latest)
+    assert output_folder.newest(folder) == str(previous)
+    said = capsys.readouterr().out
+    assert said == "" if damage == "gone" else said.startswith("Warning: Cannot read the checkpoint ")
+    assert damage == "gone" or f"{latest}" in said and f"going on from the older {previous}, of epoch 1." in said
+    # ... and the damaged one never becomes checkpoint.prev.pth.
+    resumed = run(words, "--epochs", "3", "--output_dir", folder, "--resume", "auto")
+    assert resumed.resumed == str(previous) and resumed.state.epoch == 2
+    assert state_in(latest) == state_in(whole / "checkpoint.pth")
+    assert state_in(previous) == state_in(whole / "checkpoint.prev.pth")
+    assert (folder / "log.txt").read_bytes() == (whole / "log.txt").read_bytes()
+
+
+def test_auto_takes_the_latest_epoch_of_what_is_left(whole, tmp_path):
+    epochs = {"checkpoint.prev.pth": 4, "best.pth": 5, "epoch_3_checkpoint.pth": 3}
+    state = torch.load(whole / "checkpoint.pth", weights_only=False)
+    for name, epoch in epochs.items():
+        torch.save({**state, "epoch": epoch}, tmp_path / name)
+    assert output_folder.newest(tmp_path) == str(tmp_path / "best.pth")
+    torch.save({**state, "epoch": 5}, tmp_path / "checkpoint.prev.pth")
+    assert output_folder.newest(tmp_path) == str(tmp_path / "checkpoint.prev.pth")
+    torch.save({**state, "epoch": 2}, tmp_path / "checkpoint.pth")
+    assert output_folder.newest(tmp_path) == str(tmp_path / "checkpoint.pth")  # written last, it stands for all
+
+
+def test_auto_without_any_complete_checkpoint(words, tmp_path, capsys):
+    assert output_folder.resume_file("auto", tmp_path) == ""
+    assert f"--resume auto: {tmp_path} holds no checkpoint yet." in capsys.readouterr().out
+    (tmp_path / "checkpoint.pth").write_bytes(b"damaged")
+    torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "best.pth")
+    with pytest.raises(
+        ValueError, match=r"No checkpoint of .* is complete \(Refused to load .*checkpoint.pth.*move th"
+    ):
+        output_folder.resume_file("auto", tmp_path)
+    with pytest.raises(ValueError, match="--resume auto looks for a checkpoint in --output_dir: name that folder"):
+        run(words, "--epochs", "1", "--resume", "auto")
+
+
+def test_auto_wins_over_a_start_and_a_start_over_scratch(words, whole, tmp_path, capsys):
+    start = tmp_path / "start.pth"
+    shutil.copy(whole / "best.pth", start)
+    words = [*words, "--epochs", "1", "--output_dir", tmp_path / "out", "--resume", "auto", "--finetune", start]
+    assert run(words).resumed == ""
+    assert "no checkpoint yet" in (said := capsys.readouterr().out) and f"--finetune {start}: " in said
+    os.remove(start)  # Not read again: the checkpoint has what came of it.
+    again = run(words)
+    assert again.resumed == str(tmp_path / "out/checkpoint.pth")
+    assert "Nothing left to train" in capsys.readouterr().out
+
+
+def test_the_log_keeps_what_is_not_written_again_and_loses_nothing(words, whole, tmp_path, capsys):
+    folder = tmp_path / "out"
+    shutil.copytree(whole, folder)
+    lines = (whole / "log.txt").read_text().splitlines(keepends=True)
+    run(words, "--epochs", "3", "--output_dir", folder, "--resume", whole / "epoch_0_checkpoint.pth")
+    assert (
+        f"{folder / 'log.txt'}: 2 lines are not of epochs up to 0, now in log.dropped.txt." in capsys.readouterr().out
+    )
+    assert (folder / "log.txt").read_text().splitlines(keepends=True) == lines
+    assert (folder / "log.dropped.txt").read_text().splitlines(keepends=True) == lines[1:]
+
+
+def test_evaluation_takes_the_newest_too(words, whole, tmp_path):
+    copy = tmp_path / "out"
+    shutil.copytree(whole, copy)
+    args = [str(w) for w in (*words, "--eval", "--resume", "auto", "--output_dir", copy)]
+    meters = semi_main.evaluate_checkpoint(
+        argparse.ArgumentParser(parents=[get_args_parser()]).parse_args(args), torch.device("cpu")
+    )
+    assert meters["checkpoint"] == str(copy / "checkpoint.pth") and meters["epoch"] == 2
+
+
+def test_three_seeded_kills_of_whole_processes_end_identically():
+    script = ROOT / "script" / "prove_resume.py"
+    done = subprocess.run([sys.executable, script, "--quick"], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.endswith("\n3 kills, 3 identical\n")
