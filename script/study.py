@@ -107,10 +107,10 @@ def run(folder, flags, threads):
     if finished(folder, flags):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    record, checkpoint, start = folder / "study.json", folder / "checkpoint.pth", time.time()
+    record, start = folder / "study.json", time.time()
     before = json.loads(record.read_text()) if record.is_file() else {"seconds": 0.0, "cpu_seconds": 0.0}
-    resume = ["--resume", str(checkpoint)] if checkpoint.is_file() else []
-    command = [sys.executable, str(ROOT / "semi_main.py"), *flags.split(), "--output_dir", str(folder), *resume]
+    command = [sys.executable, str(ROOT / "semi_main.py"), *flags.split()]
+    command += ["--output_dir", str(folder), "--resume", "auto"]
     with open(folder / "out.txt", "a", encoding="utf-8") as out:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
