@@ -1,5 +1,7 @@
 """From data sets to batches on the device."""
 
+import signal
+
 import torch
 from torch.utils.data import DataLoader
 
@@ -38,5 +40,9 @@ def evaluation_loader(views, batch_size, *, world, rank, num_workers, pin_memory
 
 def to_device(loader, device):
     """The loader's batches, their tensors on the device."""
-    for batch in loader:
+    # Slurm signals all processes of a job. Workers inherit the mask however they start; a handler would be forked only.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+    batches = iter(loader)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for batch in batches:
         yield tuple(tensor.to(device, non_blocking=True) for tensor in batch)

@@ -321,13 +321,12 @@ class Run:
         """Schedule, evaluation, checkpoints and log line of a trained epoch."""
         args, state = self.args, self.state
         measured = epoch % args.evaluate_freq == 0 or epoch == args.epochs - 1
-        names = [f"epoch_{epoch}_checkpoint.pth"] if self.is_fork(epoch) else []
+        # Every epoch, not every --evaluate-freq of them: a preempted job repeats what follows this file.
+        names = ["checkpoint.pth"] + ([f"epoch_{epoch}_checkpoint.pth"] if self.is_fork(epoch) else [])
         state.epoch = epoch
-        if measured or names:
-            utils.broadcast_buffers(state.model, *([state.ema.module] if state.ema is not None else []))
+        utils.broadcast_buffers(state.model, *([state.ema.module] if state.ema is not None else []))
         if measured:
             meters = self.evaluate()
-            names.append("checkpoint.pth")
             if meters["acc1"] > state.best["acc1"] or state.best["epoch"] < 0:
                 state.best = {"acc1": meters["acc1"], "epoch": epoch}
                 names.append("best.pth")
