@@ -191,7 +191,6 @@ class Run:
         self._load()
         if args.model_ema:
             self.state.ema = self.state.ema or self._average()
-        self.student = _distributed(model, device)
 
     def _average(self):
         device = "cpu" if self.args.model_ema_force_cpu else None
@@ -277,7 +276,9 @@ class Run:
 
         return train_one_epoch(
             self.state,
-            self.student,
+            # Wrapped anew for every epoch, as after a resume: DDP regroups the gradients after its first step, and the
+            # groups decide in which order more than two ranks' are summed, which is to say the last bits.
+            _distributed(self.state.model, self.device),
             self.state.model,
             batches(self.labelled, self.labelled_order, labelled_batch, 0),
             batches(self.unlabelled, self.unlabelled_order, unlabelled_batch, 1) if semi else None,

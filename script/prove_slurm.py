@@ -21,6 +21,7 @@ STEPS = 20
 FLAGS = [*SMALL, "--num_workers", "1", "--batch-size", "6", "--mu", "0.34", "--threshold", "0.3", "--epochs", "6",
          "--semi-start-epoch", "1", "--warmup-epochs", "0", "--model-ema-decay", "0.5", "--evaluate-freq", "2",
          "--steps-per-epoch", str(STEPS), "--partition", "", "--nodes", "2", "--ngpus", "2"]  # fmt: skip
+ENDS = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 USR2, REQUEUE = ("scancel", "--signal=USR2"), ("scontrol", "requeue")
 
 
@@ -62,7 +63,7 @@ class Job:
         start = time.monotonic()
         while not condition():
             state = self.facts()["JobState"]
-            if state not in ("PENDING", "RUNNING", "COMPLETING") and not condition():
+            if state in ENDS and not condition():
                 raise RuntimeError(f"Job {self.id} ended as {state}: see {self.folder}.")
             if time.monotonic() > self.deadline:
                 raise RuntimeError(f"Job {self.id} is {state} after {LIMIT_S} s: see {self.folder}.")
