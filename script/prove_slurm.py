@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -16,9 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from trees import SMALL, make_tree  # noqa: E402
 
-LIMIT_S = 900
+import run_with_submitit  # noqa: E402
+
+LIMIT_S = 1500
 STEPS = 20
-FLAGS = [*SMALL, "--num_workers", "1", "--batch-size", "6", "--mu", "0.34", "--threshold", "0.3", "--epochs", "6",
+FLAGS = [*SMALL, "--num_workers", "1", "--batch-size", "6", "--mu", "0.34", "--threshold", "0.3", "--epochs", "8",
          "--semi-start-epoch", "1", "--warmup-epochs", "0", "--model-ema-decay", "0.5", "--evaluate-freq", "2",
          "--steps-per-epoch", str(STEPS), "--partition", "", "--nodes", "2", "--ngpus", "2"]  # fmt: skip
 ENDS = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
@@ -26,12 +29,16 @@ USR2, REQUEUE = ("scancel", "--signal=USR2"), ("scontrol", "requeue")
 
 
 class Job:
-    """A job submitted by run_with_submitit.py with FLAGS and `words`, below `folder`; what happens to it."""
+    """A job submitted by run_with_submitit.py with FLAGS and `words`, below `folder`; what happens to it.
 
-    def __init__(self, folder, tree, *words):
+    `ahead` is another SIGNAL_AHEAD_S than the launcher's.
+    """
+
+    def __init__(self, folder, tree, *words, ahead=run_with_submitit.SIGNAL_AHEAD_S):
         data = ["--data-path", tree, "--data-split-file", tree / "labelled.txt", "--shared_folder", folder]
-        launcher = [sys.executable, ROOT / "run_with_submitit.py", *FLAGS, *data, *words]
-        said = subprocess.run([*map(str, launcher)], check=True, capture_output=True, text=True).stdout
+        code = f"import run_with_submitit as r; r.SIGNAL_AHEAD_S = {ahead}; r.main(r.get_args_parser().parse_args())"
+        launcher = [sys.executable, "-c", code, *FLAGS, *data, *words]
+        said = subprocess.run([*map(str, launcher)], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
         self.id = re.match(r"Job (\d+)", said).group(1)
         self.folder = Path(folder, self.id)
         self.deadline = time.monotonic() + LIMIT_S
@@ -82,6 +89,18 @@ class Job:
         subprocess.run([*command, self.id], check=True)
         queued = self.wait(lambda: int(self.facts()["Restarts"]) == n)
         return queued, queued + self.wait(lambda: len(self.epochs()) > n and self.epochs()[n])
+
+
+def out_of_time(whole, folder, tree):
+    """A job that Slurm signals, its time being nearly up, when it has trained for about a third of `whole`'s time.
+
+    Slurm counts whole minutes, looks every 30 s, and signals half a minute early rather than late.
+    """
+    began = datetime.fromisoformat(whole.facts()["StartTime"]).timestamp()
+    first, last = (Path(whole.folder, name).stat().st_mtime for name in ("run.json", "checkpoint.pth"))
+    trained = int(first - began + (last - first) / 3)
+    minutes = trained // 60 + 2
+    return Job(folder, tree, "--timeout", minutes, ahead=60 * minutes - 30 - trained)
 
 
 def facts(job):
@@ -136,17 +155,22 @@ def main():
         job = Job(folder, tree)
         seconds = [job.interrupt(command, moment) for _, command, moment in INTERRUPTIONS]
         verdict = "identical" if not differences(job.end(), whole) else f"NOT identical: {differences(job, whole)}"
-        limited = Job(folder, tree, "--timeout", "3").end()
-        caught = limited.log(0, "err") + limited.log(0, "out")
+        limited = out_of_time(whole, folder, tree).end()
         print("| interrupted by | back in the queue after | training again after | epochs repeated |")
         print("|---|---|---|---|")
         for (what, *_), (queued, trains), n in zip(INTERRUPTIONS, seconds, repeated(job)):
             print(f"| {what} | {queued:.1f} s | {trains:.0f} s | {n} |")
         print(f"\nEpochs begun by the attempts: {job.epochs()}; end: {verdict}.")
         verdict = "identical" if not differences(limited, whole) else f"NOT identical: {differences(limited, whole)}"
-        times = re.findall(r" (\d\d:\d\d:\d\d,\d+)\) - (?:Caught signal|Requeued job)", caught)
-        print(f"\nA job with `--timeout 3`, SIGUSR2 from Slurm itself: caught and requeued at {' and '.join(times)};")
-        print(f"epochs begun {limited.epochs()}, repeated {repeated(limited)}; end: {verdict}.")
+        log = limited.log(0, "out")
+        print(f"\nOut of time, SIGUSR2 from Slurm itself: {log.count('Requeued job')} requeue(s), signal caught at")
+        print(f"{', '.join(times(log, 'Job has timed'))}, in the queue at {', '.join(times(log, 'Requeued job'))};")
+        print(f"epochs begun by the attempts: {limited.epochs()}, repeated: {repeated(limited)}; end: {verdict}.")
+
+
+def times(log, words):
+    """The times of day at which submitit logged a line with these words."""
+    return re.findall(rf"\d\d:\d\d:\d\d(?=,\d+\) - {words})", log)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 ReturnToService=2
 JobRequeue=0
+MinJobAge=86400
 PartitionName=sandbox Nodes=$(IFS=, && echo "${NODES[*]}") Default=YES State=UP
 END
     for node in "${NODES[@]}"; do

@@ -30,7 +30,7 @@ def whole(tree, tmp_path_factory):
 
 
 def test_four_ranks_on_two_nodes_train_to_the_end(whole):
-    assert whole.epochs() == [[0, 1, 2, 3, 4, 5]] and len(whole.lines()) == 4
+    assert whole.epochs() == [[*range(8)]] and len(whole.lines()) == 5
     assert "24 in all on 4 process(es); 20 steps an epoch" in whole.log(0, "out")
     shown = whole.facts()
     assert (shown["NumNodes"], shown["NumTasks"], shown["Restarts"]) == ("2", "4", "0")
@@ -48,8 +48,7 @@ def test_a_job_requeued_again_and_again_ends_as_one_left_alone(whole, tree, tmp_
 
 
 def test_a_job_at_its_time_limit_requeues_itself_and_ends_as_one_left_alone(whole, tree, tmp_path):
-    # Slurm looks every half minute: the signal comes 120 to 150 s before the three minutes are over.
-    job = slurm.Job(tmp_path, tree, "--timeout", "3").end()
+    job = slurm.out_of_time(whole, tmp_path, tree).end()
     log = job.log(0, "out")
     assert "Caught signal SIGUSR2" in log and "this job is timed-out" in log
     assert len(job.epochs()) > 1 and max(slurm.repeated(job)) <= 1
