@@ -116,9 +116,14 @@ def said(text):
 
 INTERRUPTIONS = [
     ("SIGUSR2 while Python starts", USR2, lambda job: bool(job.attempts())),
-    ("SIGUSR2 between the steps of epoch 1", USR2, said(f"Epoch 1 [11/{STEPS}]")),
-    ("SIGUSR2 while epoch 2 is evaluated", USR2, said(f"Epoch 2 [{STEPS}/{STEPS}]")),
-    ("`scontrol requeue` while the workers of epoch 3 start", REQUEUE, lambda job: len(job.lines()) == 2),
+    # No SIGUSR2 has come since there is a checkpoint, so that the job that was submitted names none.
+    (
+        "`scontrol requeue` while the workers of epoch 1 start",
+        REQUEUE,
+        lambda job: Path(job.folder, "checkpoint.pth").exists(),
+    ),
+    ("SIGUSR2 between the steps of epoch 2", USR2, said(f"Epoch 2 [11/{STEPS}]")),
+    ("SIGUSR2 while epoch 4 is evaluated", USR2, said(f"Epoch 4 [{STEPS}/{STEPS}]")),
 ]
 
 
