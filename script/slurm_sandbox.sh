@@ -39,7 +39,8 @@ configure() {
     mkdir -p "$SANDBOX/state"
     [[ -f $SANDBOX/munge.key ]] || (umask 077 && head -c 1024 /dev/urandom >"$SANDBOX/munge.key")
     echo "CgroupAutomount=no" >"$SANDBOX/cgroup.conf"
-    # cred_expire is how long a requeued job waits; JobRequeue=0 as on sites where a job must ask for it.
+    # Seconds: cred_expire until a requeued job starts again, KillWait from SIGTERM to SIGKILL, MinJobAge until a job
+    # that ended is forgotten. JobRequeue=0 as on clusters where a job must ask for it.
     cat >"$SLURM_CONF" <<END
 ClusterName=sandbox
 SlurmctldHost=$host($address)
@@ -66,6 +67,7 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 ReturnToService=2
 JobRequeue=0
+KillWait=5
 MinJobAge=86400
 PartitionName=sandbox Nodes=$(IFS=, && echo "${NODES[*]}") Default=YES State=UP
 END
