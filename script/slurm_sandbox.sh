@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # A Slurm of two nodes on this machine, for tests of the launcher (bash script/test.sh --slurm):
 #     eval "$(bash script/slurm_sandbox.sh start)"; sinfo; bash script/slurm_sandbox.sh stop
-# Everything is below $SLURM_SANDBOX (default /tmp/slurm_sandbox) and listens on loopback only; the nodes claim more
-# CPUs and memory than there are.
+# Everything is below $SLURM_SANDBOX (default: slurm_sandbox where temporary files go) and listens on loopback only;
+# the nodes claim more CPUs and memory than there are. Daemons end by their pid files, after the jobs.
 set -euo pipefail
-SANDBOX=${SLURM_SANDBOX:-/tmp/slurm_sandbox}
-export SLURM_CONF=$SANDBOX/slurm.conf PATH=$PATH:/usr/sbin:/sbin
+SANDBOX=${SLURM_SANDBOX:-$(dirname "$(mktemp -u)")/slurm_sandbox}
+export SLURM_CONF=$SANDBOX/slurm.conf
 NODES=(127.0.0.1 127.0.0.2)  # names that resolve anywhere: the tasks look up the first node's
 DAEMONS=(slurmd.127.0.0.1 slurmd.127.0.0.2 slurmctld munged)  # in the order in which they end
 
@@ -16,17 +16,17 @@ fail() {
 
 alive() {  # whether the daemon of this pid file runs, and not another process that got its number
     local pid
-    pid=$(cat "$SANDBOX/$1.pid" 2>/dev/null) && [[ $(cat "/proc/$pid/comm" 2>/dev/null) == "${1%%.*}" ]]
+    pid=$(cat "$SANDBOX/$1.pid" 2>/dev/null) && [[ $(ps -o stat=,comm= -p "$pid") == [^Z]*" ${1%%.*}" ]]
 }
 
 install_packages() {
     local missing=()
-    for tool in slurmctld slurmd srun munged; do command -v $tool >/dev/null || missing+=("$tool"); done
+    for tool in slurmctld slurmd srun munged ps; do command -v $tool >/dev/null || missing+=("$tool"); done
     ((${#missing[@]})) || return 0
     command -v apt-get >/dev/null && ((EUID == 0)) ||
-        fail "There is no ${missing[*]}: install slurmctld, slurmd, slurm-client and munge, as root with apt-get."
+        fail "There is no ${missing[*]}: install slurmctld, slurmd, slurm-client, munge and procps, as root with apt-get."
     (apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-        slurmctld slurmd slurm-client munge) >"$SANDBOX/apt.log" 2>&1 ||
+        slurmctld slurmd slurm-client munge procps) >"$SANDBOX/apt.log" 2>&1 ||
         fail "apt-get could not install Slurm: see $SANDBOX/apt.log."
 }
 
@@ -35,9 +35,9 @@ configure() {
     host=$(hostname -s)
     address=$(getent ahostsv4 "$host" | awk 'NR == 1 { print $1 }') || true  # the daemons listen there and nowhere else
     [[ $address == 127.* ]] ||
-        fail "The name $host of this machine means ${address:-nothing}, not loopback: put '127.0.0.1 $host' into /etc/hosts."
+        fail "The name $host of this machine means ${address:-nothing}, not loopback: give it 127.0.0.1 in the hosts file."
     mkdir -p "$SANDBOX/state"
-    [[ -f $SANDBOX/munge.key ]] || (umask 077 && head -c 1024 /dev/urandom >"$SANDBOX/munge.key")
+    [[ -f $SANDBOX/munge.key ]] || mungekey --create --keyfile="$SANDBOX/munge.key"
     echo "CgroupAutomount=no" >"$SANDBOX/cgroup.conf"
     # Seconds: cred_expire until a requeued job starts again, KillWait from SIGTERM to SIGKILL, MinJobAge until a job
     # that ended is forgotten. JobRequeue=0 as on clusters where a job must ask for it.
