@@ -1,5 +1,7 @@
 """From data sets to batches on the device."""
 
+import signal
+
 import torch
 from torch.utils.data import DataLoader
 
@@ -38,6 +40,18 @@ def evaluation_loader(views, batch_size, *, world, rank, num_workers, pin_memory
     )
 
 
+def _started(loader):
+    """The loader's iterator, its workers started with SIGUSR2 blocked.
+
+    Slurm signals all processes of a job. Workers inherit the mask however they start; a handler would be forked only.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def watched(loader):
     """The batches of a loader of Views; an unreadable image is told of the first time another one stands in for it.
 
@@ -45,9 +59,9 @@ def watched(loader):
     UnreadableImage, one sentence, for what Views cannot replace and for more unreadable images than they tolerate:
     counted on this process, and on all those of epochs before.
     """
-    views = loader.dataset
+    views, batches = loader.dataset, _started(loader)
     try:
-        for batch, places in zip(loader, loader.batch_sampler):
+        for batch, places in zip(batches, loader.batch_sampler):
             if replaced := views.replaced(places, batch[-1]):
                 for index in replaced:
                     if index not in views.met | views.unreadable:

@@ -24,6 +24,11 @@ import semi_main
 CPUS_PER_TASK, GB_PER_TASK = 10, 40
 SIGNAL_AHEAD_S, REQUEUES = 120, 30
 SHARED_FOLDER = Path("output", "jobs")
+# A signal that comes while Python and torch still start, which takes most of a minute, would end the task: it waits.
+HOLD_SIGNAL = (
+    "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2]); "
+    "os.execvp(sys.argv[1], sys.argv[1:])"
+)
 
 
 def get_args_parser():
@@ -55,8 +60,9 @@ class Task:
 
     def __call__(self):
         """Train or evaluate; raises what semi_main.main does."""
-        # A forked data worker would answer the signal too, and requeue the job once more.
-        os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGUSR2, signal.SIG_IGN))
+        # A forked data worker would bypass SIGTERM as its task does. SIGUSR2 is kept from workers in loading.watched.
+        os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGTERM, signal.SIG_DFL))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
         env = submitit.JobEnvironment()
         if env.cluster == "local":  # Slurm's own variables are read in utils.init_distributed.
             os.environ |= {
@@ -66,19 +72,25 @@ class Task:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(20_000 + int(env.job_id) % 20_000),
             }
-        semi_main.main(self._changed(output_dir=self._folder()))
+        # Slurm requeues by itself too (scontrol requeue, a node that failed), and then checkpoint() was not called.
+        args = self._going_on() if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else self.args
+        semi_main.main(_changed(args, output_dir=self._folder()))
 
     def checkpoint(self):
         """The task to requeue: the same one, going on from the checkpoint it wrote if there is one."""
-        saved = Path(self._folder(), "checkpoint.pth")
-        args = self._changed(resume=str(saved)) if saved.is_file() else self.args
-        return submitit.helpers.DelayedSubmission(type(self)(args))
+        return submitit.helpers.DelayedSubmission(type(self)(self._going_on()))
+
+    def _going_on(self):
+        # Before it has a checkpoint of its own it begins where it was told to, perhaps from another run's.
+        started = any(Path(self._folder()).glob("checkpoint*.pth"))
+        return _changed(self.args, resume="auto") if started else self.args
 
     def _folder(self):
         return self.args.output_dir.replace("%j", submitit.JobEnvironment().job_id)
 
-    def _changed(self, **settings):
-        return argparse.Namespace(**{**vars(self.args), **settings})
+
+def _changed(args, **settings):
+    return argparse.Namespace(**{**vars(args), **settings})
 
 
 def check(args):
@@ -107,7 +119,7 @@ def job_flags(args):
         if not Path(resume).is_file():
             raise FileNotFoundError(f"Job {args.resume_jobid} left no checkpoint {resume}.")
     changed = {"output_dir": folder, "resume": resume, "use_submitit": not args.local}
-    return argparse.Namespace(**{**vars(args), **changed})
+    return _changed(args, **changed)
 
 
 def build_executor(args, folder):
@@ -116,7 +128,8 @@ def build_executor(args, folder):
     # The tasks find our modules from whatever folder the job was submitted in.
     path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
     cluster = "local" if args.local else "slurm"
-    settings = {"max_num_timeout": REQUEUES, "python": shlex.join(["env", f"PYTHONPATH={path}", sys.executable])}
+    start = [sys.executable, "-IS", "-c", HOLD_SIGNAL, "env", f"PYTHONPATH={path}", sys.executable]
+    settings = {"max_num_timeout": REQUEUES, "python": shlex.join(start)}
     executor = submitit.AutoExecutor(folder, cluster, **{f"{cluster}_{key}": v for key, v in settings.items()})
     executor.update_parameters(
         name="semiformer",
@@ -130,6 +143,8 @@ def build_executor(args, folder):
         slurm_partition=args.partition or None,
         slurm_comment=args.comment or None,
         slurm_constraint="volta32gb" if args.use_volta32 else None,
+        slurm_srun_args=["--kill-on-bad-exit=1"],  # or the other tasks wait for one that failed
+        slurm_additional_parameters={"requeue": True},  # where the cluster's default is that jobs are not
     )
     return executor
 

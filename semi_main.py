@@ -193,7 +193,6 @@ class Run:
         self._load()
         if args.model_ema:
             self.state.ema = self.state.ema or self._average()
-        self.student = _distributed(model, device)
 
     def _average(self):
         device = "cpu" if self.args.model_ema_force_cpu else None
@@ -287,7 +286,9 @@ class Run:
 
         return train_one_epoch(
             self.state,
-            self.student,
+            # Wrapped anew for every epoch, as after a resume: DDP regroups the gradients after its first step, and the
+            # groups decide in which order more than two ranks' are summed, which is to say the last bits.
+            _distributed(self.state.model, self.device),
             self.state.model,
             batches(self.labelled, self.labelled_order, labelled_batch, 0),
             batches(self.unlabelled, self.unlabelled_order, unlabelled_batch, 1) if semi else None,
@@ -312,12 +313,13 @@ class Run:
         meters.pop("images")
         return meters
 
-    def save(self, record=None, latest=True, keep_previous=True):
-        """Write the log line, and the state under the names of its epoch."""
+    def save(self, record=None, keep_previous=True):
+        """Write the log line of a measured epoch, and the state under the names of its epoch."""
         state = self.state
         names = [output_folder.FORK.format(state.epoch)] if self.is_fork(state.epoch) else []
         names += [output_folder.BEST] if state.best["epoch"] == state.epoch else []
-        names += [output_folder.LATEST] if latest else []
+        # ours: every epoch, not every --evaluate-freq of them, because a preempted job repeats what follows this file.
+        names.append(output_folder.LATEST)
         self.output.save(lambda: state.to_dict(self.args), names, record, keep_previous)
 
     def is_fork(self, epoch):
@@ -334,8 +336,7 @@ class Run:
         train_meters = train_meters | {"bad_images": count_unreadable(self.labelled, self.unlabelled)}
         measured = epoch % args.evaluate_freq == 0 or epoch == args.epochs - 1
         state.epoch = epoch
-        if measured or self.is_fork(epoch):
-            utils.broadcast_buffers(state.model, *([state.ema.module] if state.ema is not None else []))
+        utils.broadcast_buffers(state.model, *([state.ema.module] if state.ema is not None else []))
         if measured:
             meters = self.evaluate()
             if not math.isfinite(meters["loss"]):
@@ -348,7 +349,7 @@ class Run:
             record = {f"train_{k}": v for k, v in train_meters.items()} | {f"test_{k}": v for k, v in meters.items()}
             record |= {"epoch": epoch, "n_parameters": self.n_parameters}
         state.scheduler.step(epoch, metric=meters["acc1"] if measured else state.best["acc1"])
-        self.save(record, latest=measured)
+        self.save(record)
 
 
 def train(args, device):

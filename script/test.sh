@@ -1,6 +1,13 @@
 #!/usr/bin/env bash
 # Set up if needed, then run every test. Arguments go to pytest: bash script/test.sh -k policies
+# With --slurm first: the tests that need a Slurm instead, on one of two nodes that lives as long as they run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source script/setup.sh
-exec "$PYTHON" -m pytest "$@"
+[[ ${1:-} == --slurm ]] || exec "$PYTHON" -m pytest "$@"
+trap 'bash script/slurm_sandbox.sh stop' EXIT
+if said=$(bash script/slurm_sandbox.sh start 2>&1); then
+    eval "$said"
+    said=ready
+fi
+SLURM_SANDBOX_STATE=$said "$PYTHON" -m pytest -rs -m slurm "${@:2}"

@@ -1,7 +1,6 @@
 """The Slurm launcher: its flags, what it asks Slurm for, the published scripts, and jobs that are interrupted."""
 
 import json
-import multiprocessing
 import os
 import pickle
 import re
@@ -13,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from trees import ROOT, SMALL, make_tree, semi_main
 
+import loading
 import options
 import run_with_submitit
 from run_with_submitit import Task, get_args_parser, job_flags
@@ -134,12 +135,14 @@ def test_what_slurm_is_asked_for(slurm, capsys, words, changed):
         "mem": "320GB",
         "time": "2800",
         "signal": "USR2@120",
+        "requeue": "",
         "partition": "learnfair",
     } | changed
     got = asked(folder)
     assert capsys.readouterr().out == said
     assert {key: got.get(key) for key in expected} == expected
     assert ("constraint" in got, "comment" in got) == ("constraint" in changed, "comment" in changed)
+    assert " --kill-on-bad-exit=1 " in (folder / "4711_submission.sh").read_text()
     submitted = pickle.loads((folder / "4711_submitted.pkl").read_bytes())
     assert submitted._timeout_countdown == 30
     assert submitted.function.args.use_submitit is True and submitted.function.args.dist_url == "env://"
@@ -188,28 +191,65 @@ def test_a_requeued_job_goes_on_from_what_it_saved_and_keeps_the_rest(tmp_path, 
     if saved:
         (tmp_path / "4711/checkpoint.pth").touch()
     requeued = task.checkpoint()
-    resume = tmp_path / "4711/checkpoint.pth" if saved else start
+    resume = "auto" if saved else str(start)
     assert isinstance(requeued.function, Task) and not requeued.args and not requeued.kwargs
-    assert vars(requeued.function.args) == before | {"resume": str(resume)}
+    assert vars(requeued.function.args) == before | {"resume": resume}
     assert vars(task.args) == before and before["output_dir"] == str(tmp_path / "%j")
 
 
-def test_a_forked_data_worker_leaves_the_signal_to_its_task(monkeypatch):
+@pytest.mark.parametrize("restarts, resume", [(None, False), ("0", False), ("1", True)])
+def test_a_job_that_slurm_itself_requeued_goes_on_too(tmp_path, monkeypatch, restarts, resume):
+    got = []
+    monkeypatch.setattr(run_with_submitit.semi_main, "main", got.append)
+    for name, value in {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "4711", "SLURM_RESTART_COUNT": restarts}.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    saved = tmp_path / "4711/checkpoint.pth"
+    saved.parent.mkdir()
+    saved.touch()
+    Task(job_flags(parse("--shared_folder", tmp_path)))()
+    assert (got[0].resume, got[0].output_dir) == ("auto" if resume else "", str(saved.parent))
+
+
+def dispositions():
+    """(is SIGUSR2 kept from this process, does SIGTERM end it)."""
+    return (signal.SIGUSR2 in signal.pthread_sigmask(signal.SIG_BLOCK, []),
+            signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, None))  # fmt: skip
+
+
+class Asks(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return torch.tensor(dispositions())
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_data_worker_leaves_the_signals_to_its_task(monkeypatch, method):
     def loads_data(args):
-        worker = multiprocessing.get_context("fork").Process(target=ignores)
-        worker.start()
-        worker.join(60)
-        codes.append(worker.exitcode)
+        batches = loading._started(DataLoader(Asks(), num_workers=1, multiprocessing_context=method))
+        got.extend([next(batches)[0].tolist(), dispositions()])
 
-    def ignores():
-        sys.exit(7 if signal.getsignal(signal.SIGUSR2) is signal.SIG_IGN else 1)
-
-    codes = []
+    got = []
     monkeypatch.setattr(run_with_submitit.semi_main, "main", loads_data)
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    Task(job_flags(parse()))()
-    assert codes == [7] and signal.getsignal(signal.SIGUSR2) is not signal.SIG_IGN
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # as submitit does
+    try:
+        Task(job_flags(parse()))()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert got == [[True, True], (False, False)]
+
+
+def test_the_signal_waits_until_the_task_has_started():
+    # What the job's command line starts with, then a program that is told before it has a handler.
+    code = ("import os, signal; os.kill(os.getpid(), signal.SIGUSR2); print('alive', flush=True); "
+            "signal.signal(signal.SIGUSR2, lambda *_: print('told', flush=True)); "
+            "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])")  # fmt: skip
+    done = subprocess.run([sys.executable, "-IS", "-c", run_with_submitit.HOLD_SIGNAL, sys.executable, "-c", code],
+                          capture_output=True, text=True, timeout=LIMIT_S)  # fmt: skip
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["alive", "told"], "")
 
 
 # ------------------------------------------------------------------------------------------- published scripts
@@ -352,7 +392,7 @@ def test_an_interrupted_local_job_ends_as_one_never_interrupted(tree, tmp_path):
     assert out.splitlines() == [f"Job {job} finished."] and err == ""
     errors = (folder / f"{job}_0_log.err").read_text() + (folder / f"{job}_0_log.out").read_text()
     assert "this job is preempted" in errors and errors.count("learning rate:") == 2
-    assert json.loads((folder / "run.json").read_text())["args"]["resume"] == str(folder / "checkpoint.pth")
+    assert json.loads((folder / "run.json").read_text())["args"]["resume"] == "auto"
     assert lines(folder / "log.txt") == lines(tmp_path / "whole/log.txt") and len(lines(folder / "log.txt")) == 3
     whole, ours = (torch.load(f / "checkpoint.pth", weights_only=False) for f in (tmp_path / "whole", folder))
     for key in ("model", "model_ema"):
