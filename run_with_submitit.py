@@ -75,6 +75,8 @@ class Task:
         # Slurm requeues by itself too (scontrol requeue, a node that failed), and then checkpoint() was not called.
         args = self._going_on() if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else self.args
         semi_main.main(_changed(args, output_dir=self._folder()))
+        # All is done. Python, which takes seconds to end, drops its handlers first: the signal would fail the job then.
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
     def checkpoint(self):
         """The task to requeue: the same one, going on from the checkpoint it wrote if there is one."""

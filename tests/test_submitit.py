@@ -197,8 +197,17 @@ def test_a_requeued_job_goes_on_from_what_it_saved_and_keeps_the_rest(tmp_path, 
     assert vars(task.args) == before and before["output_dir"] == str(tmp_path / "%j")
 
 
+@pytest.fixture
+def own_signals():
+    """Let the test change what this process does on the two signals."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("restarts, resume", [(None, False), ("0", False), ("1", True)])
-def test_a_job_that_slurm_itself_requeued_goes_on_too(tmp_path, monkeypatch, restarts, resume):
+def test_a_job_that_slurm_itself_requeued_goes_on_too(tmp_path, monkeypatch, own_signals, restarts, resume):
     got = []
     monkeypatch.setattr(run_with_submitit.semi_main, "main", got.append)
     for name, value in {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "4711", "SLURM_RESTART_COUNT": restarts}.items():
@@ -208,6 +217,7 @@ def test_a_job_that_slurm_itself_requeued_goes_on_too(tmp_path, monkeypatch, res
     saved.touch()
     Task(job_flags(parse("--shared_folder", tmp_path)))()
     assert (got[0].resume, got[0].output_dir) == (str(saved) if resume else "", str(saved.parent))
+    assert signal.getsignal(signal.SIGUSR2) is signal.SIG_IGN  # it has succeeded: no signal shall make it fail
 
 
 def dispositions():
@@ -225,7 +235,7 @@ class Asks(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_a_data_worker_leaves_the_signals_to_its_task(monkeypatch, method):
+def test_a_data_worker_leaves_the_signals_to_its_task(monkeypatch, own_signals, method):
     def loads_data(args):
         batches = loading.to_device(DataLoader(Asks(), num_workers=1, multiprocessing_context=method), "cpu")
         got.extend([next(batches)[0].tolist(), dispositions()])
@@ -234,11 +244,8 @@ def test_a_data_worker_leaves_the_signals_to_its_task(monkeypatch, method):
     monkeypatch.setattr(run_with_submitit.semi_main, "main", loads_data)
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    before = signal.signal(signal.SIGTERM, lambda *_: None)  # as submitit does
-    try:
-        Task(job_flags(parse()))()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # as submitit does
+    Task(job_flags(parse()))()
     assert got == [[True, True], (False, False)]
 
 
