@@ -62,8 +62,11 @@ class Task:
         """Train or evaluate; raises what semi_main.main does."""
         # A forked data worker would bypass SIGTERM as its task does. SIGUSR2 is kept from workers in loading.watched.
         os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGTERM, signal.SIG_DFL))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
         env = submitit.JobEnvironment()
+        # Killed while it wrote one of these, an earlier attempt left half of it, and submitit writes none over that.
+        for file in [env.paths.result_pickle, *([] if env.global_rank else [env.paths.submitted_pickle])]:
+            Path(f"{file}.save_tmp").unlink(missing_ok=True)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
         if env.cluster == "local":  # Slurm's own variables are read in utils.init_distributed.
             os.environ |= {
                 "RANK": str(env.global_rank),
@@ -75,6 +78,8 @@ class Task:
         # Slurm requeues by itself too (scontrol requeue, a node that failed), and then checkpoint() was not called.
         args = self._going_on() if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else self.args
         semi_main.main(_changed(args, output_dir=self._folder()))
+        # All is done. Python, which takes seconds to end, drops its handlers first: the signal would fail the job then.
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
     def checkpoint(self):
         """The task to requeue: the same one, going on from the checkpoint it wrote if there is one."""

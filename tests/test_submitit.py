@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+import submitit
 import torch
+from submitit.core.utils import temporary_save_path
 from torch.utils.data import DataLoader
 from trees import ROOT, SMALL, make_tree, semi_main
 
@@ -197,17 +199,45 @@ def test_a_requeued_job_goes_on_from_what_it_saved_and_keeps_the_rest(tmp_path, 
     assert vars(task.args) == before and before["output_dir"] == str(tmp_path / "%j")
 
 
+@pytest.fixture
+def in_a_task(tmp_path, monkeypatch):
+    """The test calls tasks of job 4711 in its own process, signals and all; where their files are."""
+    for name, value in {"EXECUTOR": "slurm", "FOLDER": str(tmp_path)}.items():
+        monkeypatch.setenv(f"SUBMITIT_{name}", value)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
+    yield tmp_path
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("restarts, resume", [(None, False), ("0", False), ("1", True)])
-def test_a_job_that_slurm_itself_requeued_goes_on_too(tmp_path, monkeypatch, restarts, resume):
+def test_a_job_that_slurm_itself_requeued_goes_on_too(in_a_task, monkeypatch, restarts, resume):
     got = []
     monkeypatch.setattr(run_with_submitit.semi_main, "main", got.append)
-    for name, value in {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "4711", "SLURM_RESTART_COUNT": restarts}.items():
-        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
-    saved = tmp_path / "4711/checkpoint.pth"
+    if restarts:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    saved = in_a_task / "4711/checkpoint.pth"
     saved.parent.mkdir()
     saved.touch()
-    Task(job_flags(parse("--shared_folder", tmp_path)))()
+    Task(job_flags(parse("--shared_folder", in_a_task)))()
     assert (got[0].resume, got[0].output_dir) == ("auto" if resume else "", str(saved.parent))
+    assert signal.getsignal(signal.SIGUSR2) is signal.SIG_IGN  # it has succeeded: no signal shall make it fail
+
+
+@pytest.mark.parametrize(
+    "rank, left", [("0", {"4711_1_result.pkl"}), ("1", {"4711_0_result.pkl", "4711_submitted.pkl"})]
+)
+def test_what_a_killed_attempt_half_wrote_is_in_nobodys_way(in_a_task, monkeypatch, rank, left):
+    monkeypatch.setattr(run_with_submitit.semi_main, "main", lambda args: None)
+    monkeypatch.setenv("SLURM_PROCID", rank)
+    paths = [submitit.JobEnvironment().paths.submitted_pickle, *(in_a_task / f"4711_{n}_result.pkl" for n in range(2))]
+    for path in paths:
+        with pytest.raises(KeyboardInterrupt), temporary_save_path(path) as half:
+            half.touch()
+            raise KeyboardInterrupt
+    Task(job_flags(parse("--shared_folder", in_a_task)))()
+    assert {path.name.removesuffix(".save_tmp") for path in in_a_task.iterdir()} == left
 
 
 def dispositions():
@@ -225,20 +255,15 @@ class Asks(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_a_data_worker_leaves_the_signals_to_its_task(monkeypatch, method):
+def test_a_data_worker_leaves_the_signals_to_its_task(in_a_task, monkeypatch, method):
     def loads_data(args):
         batches = loading._started(DataLoader(Asks(), num_workers=1, multiprocessing_context=method))
         got.extend([next(batches)[0].tolist(), dispositions()])
 
     got = []
     monkeypatch.setattr(run_with_submitit.semi_main, "main", loads_data)
-    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
-    monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    before = signal.signal(signal.SIGTERM, lambda *_: None)  # as submitit does
-    try:
-        Task(job_flags(parse()))()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # as submitit does
+    Task(job_flags(parse()))()
     assert got == [[True, True], (False, False)]
 
 
