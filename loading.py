@@ -40,11 +40,19 @@ def evaluation_loader(views, batch_size, *, world, rank, num_workers, pin_memory
     )
 
 
-def _started(loader):
-    """The loader's iterator, its workers started with SIGUSR2 blocked.
+def _deaf(_worker):
+    # In the worker, because Python opens SIGTERM again on the way to one that is not forked.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 
-    Slurm signals all processes of a job. Workers inherit the mask however they start; a handler would be forked only.
+
+def _started(loader):
+    """The loader's iterator, its workers deaf to SIGUSR2, and to SIGTERM where this process handles that.
+
+    Slurm signals all processes of a job, and a worker that ends makes its loader fail. Workers inherit the mask however
+    they start; a handler would be forked only. They end when their loader does, or their parent.
     """
+    if callable(signal.getsignal(signal.SIGTERM)):  # as in a task of submitit, which lets SIGTERM pass
+        loader.worker_init_fn = _deaf
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
     try:
         return iter(loader)

@@ -60,8 +60,6 @@ class Task:
 
     def __call__(self):
         """Train or evaluate; raises what semi_main.main does."""
-        # A forked data worker would bypass SIGTERM as its task does. SIGUSR2 is kept from workers in loading.watched.
-        os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGTERM, signal.SIG_DFL))
         env = submitit.JobEnvironment()
         # Killed while it wrote one of these, an earlier attempt left half of it, and submitit writes none over that.
         for file in [env.paths.result_pickle, *([] if env.global_rank else [env.paths.submitted_pickle])]:
