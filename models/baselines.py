@@ -54,6 +54,10 @@ class ConvStream(nn.Module):
         self.head = nn.Linear(4 * width, num_classes)
         init_weights(self)
 
+    def get_classifier(self):
+        """The head, as of every network of timm."""
+        return self.head
+
     def forward_features(self, images):
         """(N, 3, H, W) -> (N, num_features, H/32, W/32)."""
         x = self.stem(images)

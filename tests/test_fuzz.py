@@ -24,7 +24,7 @@ def test_a_short_run_has_no_failure():
     for (kind, _, outcome), n in counts.items():
         outcomes[kind, outcome] += n
     kinds = ("split file", "list", "CSV file", "checkpoint", "flags")
-    assert all(outcomes[kind, outcome] >= 5 for kind in kinds for outcome in ("accepted", "refused"))
+    assert all(outcomes[kind, outcome] >= 2 for kind in kinds for outcome in ("accepted", "refused"))
 
 
 def test_the_same_seed_gives_the_same_cases():
