@@ -59,7 +59,8 @@ def _run_flags(parser):
         help="0: published, an epoch is one pass of the labelled loader; N > 0: every epoch has N steps, the "
              "labelled images reshuffled and repeated as needed")
     add("--start_epoch", default=0, type=int, help="index of the first epoch, counted from 0")
-    add("--evaluate-freq", default=1, type=int, help="epochs between evaluations and log lines; checkpoint.pth comes every epoch")
+    add("--evaluate-freq", default=1, type=int,
+        help="epochs between evaluations and log lines; checkpoint.pth comes every epoch")
     add("--eval", action="store_true", help="evaluate top-1 and top-5 on the validation set and stop")
     add("--seed", default=0, type=int, help="seed of initial weights, order and augmentation")
 

@@ -68,26 +68,26 @@ def paired(found, pairs):
 
 
 def differences(folder, changes):
-    """The smoke table, and the names of flags that changed nothing they should."""
+    """The smoke table, and the names of flags that changed nothing they should in any log line."""
     rows, same = [], []
     base = quantities(folder / "baseline")
     for name, (flags, meters) in changes.items():
-        changed = quantities(folder / name)
-        first = next((meter for meter in meters if base[meter] != changed[meter]), None)
-        if first is None:
+        pairs = [(meter, a[meter], b[meter]) for a, b in zip(base, quantities(folder / name)) for meter in meters]
+        shown, before, after = next((pair for pair in pairs if pair[1] != pair[2]), pairs[0])
+        if before == after:
             same.append(name)
-        shown = first or meters[0]
-        rows.append([name, f"`{flags}`", shown, f"{base[shown]:.6g}", f"{changed[shown]:.6g}", first is not None])
+        rows.append([name, f"`{flags}`", shown, f"{before:.6g}", f"{after:.6g}", before != after])
     return markdown(["run", "flags", "quantity", "baseline", "changed", "differs"], rows, 3), same
 
 
 def quantities(folder):
-    """{name: number}: the first log line of a run, how it splits a batch, and how many images it has."""
+    """A {name: number} a log line of a run: its meters, how it splits a batch, and how many images there are."""
     record = json.loads((folder / "run.json").read_text())
-    first = json.loads((folder / "log.txt").read_text().splitlines()[0])
     split = {name: n for phase in record["phases"].values() for name, n in phase.items()}
     images = {f"{name}_images": n for name, n in record["images"].items()}
-    return {"train_loss_consistency": 0.0} | images | split | {k: v for k, v in first.items() if v is not None}
+    lines = map(json.loads, (folder / "log.txt").read_text().splitlines())
+    plain = {"train_loss_consistency": 0.0} | images | split
+    return [plain | {name: value for name, value in line.items() if value is not None} for line in lines]
 
 
 def _curve(axis, runs, meter, style, colour, label, scale=1):
