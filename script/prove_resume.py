@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402  the threads are set before, the path is ours
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+from same_checkpoint import same  # noqa: E402
 
 import semi_main  # noqa: E402
 
@@ -176,15 +177,6 @@ def where(start, folder):
     if step == STEPS:
         return PHASES[2], f"after epoch {epoch}"
     return PHASES[epoch >= SEMI], f"epoch {epoch}, after step {step}/{STEPS}"
-
-
-def same(one, other):
-    """Whether two checkpoints' contents are equal to the bit."""
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return torch.equal(one, other) if torch.is_tensor(one) else one == other
 
 
 def differences(folder, whole):

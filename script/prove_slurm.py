@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
+from same_checkpoint import same
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -126,17 +127,6 @@ INTERRUPTIONS = [
     ("SIGUSR2 between the steps of an epoch", USR2, printed(rf"\[11/{STEPS}\]")),
     ("SIGUSR2 during an evaluation", USR2, printed(rf"Epoch \d*[02468] \[{STEPS}/{STEPS}\]")),
 ]
-
-
-def same(a, b):
-    """Whether two contents of checkpoints are equal to the bit."""
-    if torch.is_tensor(a):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def differences(job, other):

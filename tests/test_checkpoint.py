@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import importlib
 import os
 import pathlib
 import pickle
@@ -9,15 +10,20 @@ import random
 import resource
 import shutil
 import subprocess
+import sys
 from collections import OrderedDict
 
 import pytest
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
+from trees import ROOT
 
 import checkpoint
 from checkpoint import TrainState
+
+sys.path.append(str(ROOT / "script"))
+same = importlib.import_module("same_checkpoint").same
 
 
 def state_of(classes=3, seed=0, ema=True):
@@ -193,15 +199,6 @@ def test_a_damaged_file_is_named(tmp_path, damage):
     assert "\n" not in str(said.value)
     with pytest.raises(FileNotFoundError, match="There is no checkpoint .*none.pth"):
         checkpoint.read(tmp_path / "none.pth")
-
-
-def same(one, other):
-    """Whether two checkpoints' contents are equal to the bit."""
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return torch.equal(one, other) if torch.is_tensor(one) else one == other
 
 
 def test_a_flipped_bit_of_a_weight_is_found_though_pytorch_does_not_look(tmp_path):
