@@ -380,9 +380,7 @@ def main(args):
         with utils.writing(args.output_dir):
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     (evaluate_checkpoint if args.eval else train)(args, device)
-    # gloo ends with the process; torch 2.6 can hang in its destructor, which waits for a thread that needs the GIL.
-    if dist.is_initialized() and dist.get_backend() == "nccl":
-        dist.destroy_process_group()
+    utils.leave_group()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Process group, seeds, meters, logs: what every room leans on. The only room that prints."""
 
+import atexit
 import hashlib
 import json
 import math
@@ -74,6 +75,18 @@ def init_distributed(device, dist_url="env://", world_size=1, from_slurm=False):
             backend, init_method=dist_url, world_size=world, rank=int(os.environ["RANK"]), timeout=timedelta(minutes=30)
         )
     return torch.device(device)
+
+
+def leave_group():
+    """Leave the process group, if there is one, when all work is done.
+
+    gloo's threads may still hold a tensor they hand back under the GIL: at the end of Python that aborts the process
+    ("terminate called without an active exception"), and torch 2.6 hangs when it destroys the group meanwhile. So
+    they get the GIL first.
+    """
+    if dist.is_initialized():
+        time.sleep(0.2)
+        dist.destroy_process_group()
 
 
 def world_and_rank():
@@ -339,8 +352,11 @@ def lost_a_peer(error):
 def last_words(program, kind, error, trace):
     """A `sys.excepthook` once the program's name is given: one sentence where that says it all, else the traceback.
 
-    In a process group, PyTorch puts the rank in front of each line.
+    In a process group, PyTorch puts the rank in front of each line; the process then ends at once, because the threads
+    of a group in the middle of its work can abort or hold up Python's own end.
     """
+    if dist.is_initialized() and issubclass(kind, Exception):
+        atexit.register(os._exit, 1)
     if is_ours(error):
         words = f"{program}: error: {error}\n"
     elif lost_a_peer(error):
