@@ -199,6 +199,7 @@ class Run:
             say(
                 f"{name}: {labelled} + {unlabelled} images a process and step, "
                 f"{(labelled + unlabelled) * self.world} in all on {self.world} process(es); {steps} steps an epoch"
+                + (f", {args.accum_iter} an update" if args.accum_iter > 1 else "")
             )
         shown = sorted({0, 1, 2, args.warmup_epochs + 1, args.epochs // 2, args.epochs - 1} & set(range(args.epochs)))
         say("learning rate: " + ", ".join(f"{rates[e]:.3g} in epoch {e}" for e in shown))
