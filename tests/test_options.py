@@ -12,7 +12,7 @@ from options import boolean, check, get_args_parser, labelled_and_unlabelled, re
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "flags.json").read_text())["semi_main"]
 NO_EFFECT = ("--opt-level", "--cross-attn", "--cnn2trans", "--trans2cnn", "--resplit")
 KEPT = [row for row in PUBLISHED if row["flags"][0] not in NO_EFFECT]
-NEW = {"--amp", "--max-bad-images", "--steps-per-epoch", "--unlabelled-path"}
+NEW = {"--amp", "--data-backend", "--max-bad-images", "--steps-per-epoch", "--unlabelled-path"}
 SEMI = "--data-set SEMI-IMNET "
 SCRIPT = SEMI + "--batch-size 108 --mu 0.125 --mixup 0 --cutmix 0 --threshold 0.7 --semi-lambda 4"
 
@@ -48,7 +48,7 @@ def test_published_flag_is_kept(row):
     assert type(ours["default"]) is type(expected["default"])
 
 
-def test_no_flag_is_missing_and_only_four_are_new():
+def test_no_flag_is_missing_and_only_five_are_new():
     published = {flag for row in PUBLISHED for flag in row["flags"]}
     assert set(actions()) - published == NEW
     assert published <= set(actions())
@@ -59,12 +59,19 @@ def test_new_flags():
     assert (args.amp, args.steps_per_epoch, args.unlabelled_path) == (None, 0, "")
     assert (args.max_bad_images, parse("--max-bad-images 3").max_bad_images) == (0.001, 3)
     assert parse("--steps-per-epoch 7").steps_per_epoch == 7
+    assert (parse().data_backend, parse("--data-backend fast").data_backend) == ("pil", "fast")
     assert list(actions()["--amp"].choices) == ["auto", "off", "fp16", "bf16"]
 
 
 def test_defaults_of_a_namespace_are_the_published_ones():
     expected = {row["dest"]: row["default"] for row in KEPT}
-    expected |= {"amp": None, "max_bad_images": 0.001, "steps_per_epoch": 0, "unlabelled_path": ""}
+    expected |= {
+        "amp": None,
+        "max_bad_images": 0.001,
+        "steps_per_epoch": 0,
+        "unlabelled_path": "",
+        "data_backend": "pil",
+    }
     expected |= {"device": "cuda" if torch.cuda.is_available() else "cpu"}
     assert vars(parse()) == expected
 
