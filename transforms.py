@@ -53,7 +53,7 @@ def resized_side(size):
 
 
 def _to_tensor(colours=IMAGENET):
-    return [transforms.ToTensor(), transforms.Normalize(*colours)]
+    return [transforms.ToTensor(), transforms.Normalize(*colours, inplace=True)]
 
 
 def _resize_and_crop(size, padding_mode):
