@@ -11,9 +11,21 @@ import numpy as np
 
 from cifar import cifar
 from fashion import fashion
-from images import UnreadableImage
+from images import UnreadableImage, check_turbo
 from readers import image_csv, image_folder, image_list, inat, read_split, unlabelled_images
-from transforms import FIXMATCH, cifar_eval_view, cifar_strong_view, cifar_weak_view, eval_view, train_view, weak_view
+from transforms import (
+    FIXMATCH,
+    DeviceFinish,
+    cifar_eval_view,
+    cifar_strong_view,
+    cifar_weak_view,
+    eval_view,
+    fast_eval_view,
+    fast_train_view,
+    fast_weak_view,
+    train_view,
+    weak_view,
+)
 
 
 class Views:
@@ -28,15 +40,17 @@ class Views:
 
     Args:
         tolerated: how many different images may be unreadable, None for evaluation: none, and none is replaced.
+        finish: what a batch lacks, (seed, device) -> function of the batch on the device; images are then read as
+            uint8 tensors. None: nothing, images are read as PIL.Image.
 
     Attributes:
         met: indices of the unreadable images this process met in this epoch; kept by `loading.watched`.
         unreadable: those of all processes in the epochs before, since this process started.
     """
 
-    def __init__(self, samples, indices, *transforms, tolerated=None):
+    def __init__(self, samples, indices, *transforms, tolerated=None, finish=None):
         self.samples, self.indices, self.transforms = samples, np.asarray(indices, dtype=np.int64), transforms
-        self.tolerated, self.met, self.unreadable = tolerated, set(), set()
+        self.tolerated, self.finish, self.met, self.unreadable = tolerated, finish, set(), set()
 
     def __len__(self):
         return len(self.indices)
@@ -46,7 +60,7 @@ class Views:
         unreadable = []
         for index in self._from(i):
             try:
-                image = self.samples.source.load(index)
+                image = self.samples.source.pixels(index) if self.finish else self.samples.source.load(index)
             except UnreadableImage as error:
                 if self.tolerated is None:
                     raise UnreadableImage(f"{error}; evaluation replaces no image: mend or remove this one.") from error
@@ -200,29 +214,33 @@ _OFF = {  # flag: the value that asks for nothing
     "--select-ratio": 1.0,
     "--inat-category": "name",
     "--unlabelled-path": "",
+    "--data-backend": "pil",
 }
+_FILES = ("--data-backend",)  # only files are decoded
 _CIFAR_ROW = DataSet(_cifar, _first_of_each_class, ("--select-ratio", "--unlabelled-path"))
-_PLACES_FLAGS = ("--split-folder", "--unlabelled-path")
+_PLACES_FLAGS = ("--split-folder", "--unlabelled-path", *_FILES)
 DATA_SETS = {
     # released code: IMNET does not read the split file, and scripts pass it all the same.
-    "IMNET": DataSet(_own, flags=("--data-split-file",)),
-    "SEMI-IMNET": DataSet(_own, _listed_or_drawn, ("--data-split-file", "--select-ratio", "--unlabelled-path")),
+    "IMNET": DataSet(_own, flags=("--data-split-file", *_FILES)),
+    "SEMI-IMNET": DataSet(
+        _own, _listed_or_drawn, ("--data-split-file", "--select-ratio", "--unlabelled-path", *_FILES)
+    ),
     "CIFAR10": _CIFAR_ROW,
     "CIFAR100": _CIFAR_ROW,
     "FASHION": DataSet(_fashion, _listed_or_first, ("--data-split-file", "--select-ratio", "--unlabelled-path")),
-    "INAT": DataSet(partial(_inat, 2018), flags=("--inat-category",)),
-    "INAT19": DataSet(partial(_inat, 2019), flags=("--inat-category",)),
-    "SEMI-INAT": DataSet(_semi_inat, flags=("--unlabelled-path",), listed=True),
+    "INAT": DataSet(partial(_inat, 2018), flags=("--inat-category", *_FILES)),
+    "INAT19": DataSet(partial(_inat, 2019), flags=("--inat-category", *_FILES)),
+    "SEMI-INAT": DataSet(_semi_inat, flags=("--unlabelled-path", *_FILES), listed=True),
     "SEMI-PLACES205": DataSet(partial(_places, ""), flags=_PLACES_FLAGS, listed=True),
     "5PER-SEMI-PLACES205": DataSet(partial(_places, "5per_"), flags=_PLACES_FLAGS, listed=True),
     "1PER-SEMI-PLACES205": DataSet(partial(_places, "1per_"), flags=_PLACES_FLAGS, listed=True),
 }
 
 
-def _check_flags(args, data_set):
-    for flag, off in _OFF.items():
+def _check_flags(args, data_set, flags=tuple(_OFF)):
+    for flag in flags:
         value = getattr(args, flag.strip("-").replace("-", "_"))
-        if value != off and flag not in data_set.flags:
+        if value != _OFF[flag] and flag not in data_set.flags:
             raise ValueError(f"{flag} {value} means nothing to --data-set {args.data_set}: leave it out.")
 
 
@@ -234,7 +252,17 @@ def _views(args):
     strong = train_view(
         args.input_size, args.aa, args.color_jitter, args.train_interpolation, args.reprob, args.remode, args.recount
     )
+    if args.data_backend == "fast":
+        return *[fast_train_view(strong)] * 2, fast_weak_view(args.input_size)
     return strong, strong, weak_view(args.input_size)
+
+
+def _finish(args, **erasing):
+    """What is left to the device; None where the views do all."""
+    if args.data_backend == "pil":
+        return None
+    check_turbo()
+    return partial(DeviceFinish, **erasing)
 
 
 def _unlabelled(args, data_set, samples, labelled):
@@ -276,11 +304,12 @@ def build_training_sets(args, semi_supervised):
     if not len(indices):
         raise ValueError(f"--select-ratio {args.select_ratio} labels none of {len(samples)} train images: raise it.")
     labelled, *both = _views(args)
-    labelled_views = Views(samples, indices, labelled, tolerated=_tolerated(args, indices))
+    finish = _finish(args, reprob=args.reprob, remode=args.remode, recount=args.recount)
+    labelled_views = Views(samples, indices, labelled, tolerated=_tolerated(args, indices), finish=finish)
     if not semi_supervised:
         return labelled_views, None
     pool, others = _unlabelled(args, data_set, samples, indices)
-    return labelled_views, Views(pool, others, *both, tolerated=_tolerated(args, others))
+    return labelled_views, Views(pool, others, *both, tolerated=_tolerated(args, others), finish=finish)
 
 
 def build_validation_set(args, classes=None):
@@ -292,7 +321,9 @@ def build_validation_set(args, classes=None):
     Args:
         classes: names of the train classes, or None to take those of the validation part as they are (`--eval`).
     """
-    samples = DATA_SETS[args.data_set].read(args, "val")
+    data_set = DATA_SETS[args.data_set]
+    _check_flags(args, data_set, _FILES)
+    samples = data_set.read(args, "val")
     if classes is not None and samples.classes != tuple(classes):
         missing, extra = sorted(set(classes) - set(samples.classes)), sorted(set(samples.classes) - set(classes))
         raise ValueError(
@@ -300,5 +331,8 @@ def build_validation_set(args, classes=None):
             f"val/ lacks {missing[:10]}, train/ lacks {extra[:10]}."
         )
     size = args.input_size
-    view = cifar_eval_view(size, FIXMATCH[args.data_set]) if args.data_set in FIXMATCH else eval_view(size)
-    return Views(samples, np.arange(len(samples)), view)
+    if args.data_set in FIXMATCH:
+        view = cifar_eval_view(size, FIXMATCH[args.data_set])
+    else:
+        view = (fast_eval_view if args.data_backend == "fast" else eval_view)(size)
+    return Views(samples, np.arange(len(samples)), view, finish=_finish(args))

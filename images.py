@@ -7,7 +7,9 @@ import warnings
 import zlib
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
+from torchvision.io import ImageReadMode, decode_jpeg
 
 # What the system says of this one file; anything else, as too many open files or a stale mount, is no broken image.
 _OF_THE_FILE = {
@@ -51,7 +53,8 @@ def _decoded(content):
             raise ValueError("it is PostScript, a program that Pillow would run")
         image.load()
         if image.mode != "I" and not image.mode.startswith("I;16"):
-            return image.convert("RGB"), image.mode
+            # `convert` copies even where there is nothing to convert.
+            return (image if image.mode == "RGB" else image.convert("RGB")), image.mode
         grey = np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB"), image.mode
 
@@ -67,7 +70,10 @@ def read_rgb(path):
     Raises UnreadableImage naming a file that is missing, may not be read, is no image, is cut off, or has more
     pixels; OSError, as it comes, for what is not this file's fault.
     """
-    content = _bytes(path)
+    return _read_rgb(_bytes(path), path)
+
+
+def _read_rgb(content, path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # nor may a filter set elsewhere make an error of one
@@ -77,3 +83,36 @@ def read_rgb(path):
         unknown = "it is empty" if not content else "it is no image that Pillow knows"
         reason = unknown if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split()) or repr(error)
         raise UnreadableImage(f"Cannot read the image {path}: {reason}") from error
+
+
+def _jpeg(content):
+    """uint8 (3, H, W) of a JPEG's bytes by libjpeg-turbo; None: another format, CMYK, too large or broken."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchvision's, that another package is to decode some day
+            with Image.open(io.BytesIO(content)) as header:  # reads no pixel
+                if header.format != "JPEG" or header.mode not in ("RGB", "L"):
+                    return None
+            return decode_jpeg(torch.frombuffer(content, dtype=torch.uint8), ImageReadMode.RGB)
+    except (OSError, *_OF_THE_CONTENT):
+        return None
+
+
+def read_pixels(path):
+    """Pixels of an image file as `read_rgb` reads it, uint8 (3, H, W), a pixel's three bytes side by side.
+
+    libjpeg-turbo decodes a JPEG in grey or colour straight to the tensor, to the same values. All else, CMYK and what
+    it cannot decode as well, is read by `read_rgb`, which has the last word on what is broken: raises as it does.
+    """
+    content = _bytes(path)
+    pixels = _jpeg(content)
+    if pixels is None:
+        pixels = torch.from_numpy(np.array(_read_rgb(content, path)[0])).permute(2, 0, 1)
+    return pixels
+
+
+def check_turbo():
+    """Raise ValueError where torchvision was built without libjpeg-turbo, so that Pillow would decode every image."""
+    Image.new("RGB", (8, 8)).save(file := io.BytesIO(), "JPEG")
+    if _jpeg(file.getvalue()) is None:
+        raise ValueError("--data-backend fast needs libjpeg-turbo, which this torchvision lacks: use pil.")

@@ -1,6 +1,7 @@
 """From data sets to batches on the device."""
 
 import signal
+from array import array
 
 import torch
 from torch.utils.data import DataLoader
@@ -21,8 +22,8 @@ def training_loader(views, order, batch_size, steps, *, seed, epoch, rank, num_w
     return DataLoader(
         views,
         batch_size=batch_size,
-        # A list: `watched` goes through it beside the loader, and the order has only one place to be at.
-        sampler=list(Passes(order, epoch, steps * batch_size)),
+        # Kept: `watched` goes through it beside the loader, and the order has only one place to be at.
+        sampler=array("q", Passes(order, epoch, steps * batch_size)),
         num_workers=num_workers,
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(derived_seed(seed, epoch, rank, stream)),
@@ -102,7 +103,36 @@ def count_unreadable(*sets):
     return count
 
 
-def to_device(loader, device):
-    """The loader's batches, their tensors on the device."""
-    for batch in loader:
-        yield tuple(tensor.to(device, non_blocking=True) for tensor in batch)
+def to_device(loader, device, finish=None, seed=()):
+    """The loader's batches, their tensors on the device, finished there; on CUDA ahead of their use.
+
+    Args:
+        finish: of Views, (seed, device) -> function of a batch, as `transforms.DeviceFinish`; None: nothing is left.
+        seed: the numbers that decide what it draws.
+    """
+    finish = finish(derived_seed(*seed), device) if finish else tuple
+    finished = (finish([tensor.to(device, non_blocking=True) for tensor in batch]) for batch in loader)
+    return _ahead(finished, device) if device.type == "cuda" else finished
+
+
+def _ahead(batches, device):
+    """The batches, each made on a stream of its own while the one before it is in use."""
+    side, using, ready = torch.cuda.Stream(device), torch.cuda.current_stream(device), None
+    side.wait_stream(using)  # for what the finish holds
+    while True:
+        with torch.cuda.stream(side):
+            batch = next(batches, None)
+            made = batch and (batch, side.record_event())
+        if ready:
+            yield _handed_over(*ready, using)
+        if made is None:
+            return
+        ready = made
+
+
+def _handed_over(batch, event, stream):
+    """The batch, for use on another stream than the one it was made on."""
+    stream.wait_event(event)
+    for tensor in batch:
+        tensor.record_stream(stream)  # or its memory would be used anew while the stream still reads it
+    return batch

@@ -109,6 +109,9 @@ def _data_flags(parser):
     add("--max-bad-images", default=0.001, type=float, metavar="N",
         help="unreadable training images that others stand in for, at most: below 1 a share of the labelled and of "
              "the unlabelled list each, else a number of images; 0: none")
+    add("--data-backend", default="pil", choices=["pil", "fast"],
+        help="pil: the published pixels; fast, of image files only: libjpeg-turbo, resizing on bytes (some levels of "
+             "256 off), normalising and random erasing on the device")
     add("--unlabelDataset_exclude_labeledData", action="store_true",
         help="leave the labelled images out of the unlabelled set")
 

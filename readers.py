@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from images import read_rgb
+from images import read_pixels, read_rgb
 
 
 class FileSource:
@@ -40,6 +40,10 @@ class FileSource:
     def load(self, i):
         """Image i as RGB, as `images.read_rgb` makes it. Raises UnreadableImage naming the file."""
         return read_rgb(self.root / self.path(i))[0]
+
+    def pixels(self, i):
+        """Image i as uint8 (3, H, W), as `images.read_pixels` makes it. Raises UnreadableImage naming the file."""
+        return read_pixels(self.root / self.path(i))
 
 
 class ArraySource:

@@ -79,7 +79,7 @@ def _evaluate(args, model, views, device, autocast):
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and device.type == "cuda",
     )
-    return evaluate(folded(model), to_device(watched(loader), device), autocast=autocast)
+    return evaluate(folded(model), to_device(watched(loader), device, views.finish), autocast=autocast)
 
 
 def _summary(name, meters):
@@ -236,7 +236,7 @@ class Run:
                 stream=stream,
                 pin_memory=args.pin_mem and self.device.type == "cuda",
             )
-            return to_device(watched(loader), self.device)
+            return to_device(watched(loader), self.device, views.finish, (args.seed, epoch, self.rank, stream))
 
         return train_one_epoch(
             self.state,

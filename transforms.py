@@ -1,18 +1,27 @@
 """What is done to an image before the network sees it: labelled, strong, weak and evaluation views.
 
 Each is a function PIL.Image (RGB) -> float tensor (3, size, size), normalised with ImageNet's mean and std, those
-of CIFAR and Fashion-MNIST with their own.
+of CIFAR and Fashion-MNIST with their own. The fast ones are functions of uint8 tensors, (3, H, W) -> (3, size, size),
+which DeviceFinish normalises and erases on the device. At one seed both kinds crop and flip alike.
 """
 
+import math
+import random
 from functools import partial
 
+import numpy as np
+import PIL
+import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data import auto_augment as timm_augment
+from torch.nn import functional as F
 from torchvision import transforms
+from torchvision.transforms.functional import get_image_size
 
 from randaugment import rand_augment
 
+ROWS_FIRST = int(PIL.__version__.split(".")[0]) >= 13  # resizing, where that is cheaper
 BICUBIC = transforms.InterpolationMode.BICUBIC
 IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 FIXMATCH = {  # data sets with the views of FixMatch on CIFAR: mean and std of their colours, 0 to 1
@@ -44,7 +53,7 @@ def resized_side(size):
 
 
 def _to_tensor(colours=IMAGENET):
-    return [transforms.ToTensor(), transforms.Normalize(*colours)]
+    return [transforms.ToTensor(), transforms.Normalize(*colours, inplace=True)]
 
 
 def _resize_and_crop(size, padding_mode):
@@ -94,10 +103,11 @@ def weak_view(size):
 
 
 def _check_size(image, size):
-    if image.size != (size, size):
+    width, height = get_image_size(image)
+    if (width, height) != (size, size):
         raise ValueError(
             f"At --input-size {size} (32 or less) images are evaluated as they are, "
-            f"but one is {image.width}x{image.height}: resize the files or use a larger --input-size."
+            f"but one is {width}x{height}: resize the files or use a larger --input-size."
         )
     return image
 
@@ -127,3 +137,148 @@ def cifar_strong_view(size, colours):
 def cifar_eval_view(size, colours):
     """CIFAR's evaluation view: resize to the input size, no crop."""
     return transforms.Compose([transforms.Resize((size, size), interpolation=BICUBIC), *_to_tensor(colours)])
+
+
+# -------------------------------------------------------------------------------- fast: uint8 tensors
+
+
+def _resized(image, height, width, mode="bicubic"):
+    """uint8 (3, H, W) -> (3, height, width), antialiased as Pillow does it, up to rounding."""
+    rows, columns = image.shape[1] - height, image.shape[2] - width  # fewer than before
+    if ROWS_FIRST and columns and rows > max(0, 2 * columns):
+        # torch begins with the columns, and what a byte cannot hold after the first pass is cut off.
+        image = _resized(image, height, image.shape[2], mode)
+    # Batched this way round the strides are those of channels_last, which has a kernel of its own.
+    batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    return F.interpolate(batch, (height, width), mode=mode, antialias=True)[0]
+
+
+def _with_shorter_side(image, side):
+    width, height = get_image_size(image)
+    short, long = min(width, height), max(width, height)
+    long = int(side * long / short)
+    return _resized(image, *((long, side) if width <= height else (side, long)))
+
+
+def _reflected(image, padding):
+    # NumPy's, because torch pads bytes as floats.
+    around = ((0, 0), (padding, padding), (padding, padding))
+    return torch.from_numpy(np.pad(image.numpy(), around, mode="reflect"))
+
+
+def _random_resized_crop(image, crop):
+    """timm's `crop`, RandomResizedCropAndInterpolation, of a tensor."""
+    top, left, height, width = crop.get_params(image, crop.scale, crop.ratio)
+    several = isinstance(crop.interpolation, tuple | list)
+    mode = random.choice(crop.interpolation) if several else crop.interpolation
+    return _resized(image[:, top : top + height, left : left + width], *crop.size, mode.value)
+
+
+def _by_pillow(image, steps):
+    image = Image.fromarray(image.permute(1, 2, 0).numpy())
+    for step in steps:
+        image = step(image)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def fast_train_view(view):
+    """The crop, flip and policy of `view`, a `train_view`, on uint8 tensors; the policy's steps stay Pillow's."""
+    crop, flip, *rest = view.transforms
+    normalise = next(i for i, step in enumerate(rest) if isinstance(step, transforms.Normalize))
+    policy = rest[: normalise - 1]  # before it the step that makes a tensor
+    steps = [partial(_random_resized_crop, crop=crop), flip]
+    return transforms.Compose(steps + ([partial(_by_pillow, steps=policy)] if policy else []))
+
+
+def fast_weak_view(size):
+    """`weak_view` on uint8 tensors."""
+    return transforms.Compose(
+        [
+            transforms.RandomHorizontalFlip(),
+            partial(_with_shorter_side, side=resized_side(size)),
+            partial(_reflected, padding=4),
+            transforms.RandomCrop(size),
+        ]
+    )
+
+
+def fast_eval_view(size):
+    """`eval_view` on uint8 tensors."""
+    if size <= 32:
+        return partial(_check_size, size=size)
+    return transforms.Compose([partial(_with_shorter_side, side=resized_side(size)), transforms.CenterCrop(size)])
+
+
+# -------------------------------------------------------------------------------- fast: the rest, on the device
+
+
+def draw_rectangles(generator, images, side, probability, count):
+    """What random erasing erases, as timm's RandomErasing draws it: int64 (images, count, 4).
+
+    A rectangle is the first row, the row after the last, and so its columns, in images of `side` pixels; all zeros is
+    none. An image has from 1 to `count` of them with `probability`; together they are some 2 to 33 % of its area.
+    """
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(images, *shape, generator=generator, dtype=torch.float64)
+
+    number = uniform(1, count + 1).long()
+    area = uniform(0.02, 1 / 3, count, 10) * side**2 / number[:, None, None]  # of ten attempts, the first that fits
+    aspect = uniform(math.log(0.3), -math.log(0.3), count, 10).exp()
+    sides = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], -1).round()
+    first = (uniform(0, 1, count, 10, 2) * (side - sides + 1)).floor()
+    fits = (sides < side).all(-1)
+    boxes = torch.stack([first, first + sides], -1).flatten(-2)  # top, bottom, left, right
+    boxes = boxes.take_along_dim(fits.int().argmax(-1)[..., None, None], 2).squeeze(2)
+    there = fits.any(-1) & (torch.arange(count) < number[:, None]) & (uniform(0, 1, 1) <= probability)
+    return (boxes * there[..., None]).long()
+
+
+def _inside(boxes, side):
+    """Masks (N, 1, side, side) of boxes (N, 4)."""
+    line = torch.arange(side, device=boxes.device)
+    top, bottom, left, right = boxes.T[..., None]
+    rows, columns = (line >= top) & (line < bottom), (line >= left) & (line < right)
+    return (rows[:, :, None] & columns[:, None])[:, None]
+
+
+class DeviceFinish:
+    """What the fast views leave to the device: normalising all views of a batch, random erasing of the first.
+
+    finish((images, ..., targets, indices)), images uint8 (B, 3, S, S), has them as float32, and the rest as it is.
+    The host draws the rectangles and never waits for the device.
+
+    Args:
+        seed, device: decide the draws; generators of their own.
+        colours: mean and std, 0 to 1.
+        reprob, remode, recount: those of `train_view`; 0.0: no erasing, as in evaluation.
+    """
+
+    def __init__(self, seed, device, colours=IMAGENET, reprob=0.0, remode="pixel", recount=1):
+        self.mean, self.std = (torch.tensor(each, device=device).view(3, 1, 1) for each in colours)
+        self.reprob, self.remode, self.recount = reprob, remode, recount
+        self.rectangles = torch.Generator().manual_seed(seed)
+        self.noise = torch.Generator(device).manual_seed(seed ^ 1)
+
+    def __call__(self, batch):
+        """The finished batch, a tuple."""
+        *views, targets, indices = batch
+        views = [view.float().div_(255).sub_(self.mean).div_(self.std) for view in views]
+        if self.reprob:
+            self._erase(views[0])
+        return *views, targets, indices
+
+    def _erase(self, images):
+        boxes = draw_rectangles(self.rectangles, len(images), images.shape[-1], self.reprob, self.recount)
+        chosen = boxes.any(2).any(1).nonzero()[:, 0]
+        boxes, chosen = (x.to(images.device, non_blocking=True) for x in (boxes[chosen], chosen))
+        erased = images[chosen]
+        for box in boxes.unbind(1):  # where two overlap, the later one is seen
+            erased = torch.where(_inside(box, images.shape[-1]), self._filling(erased), erased)
+        images.index_copy_(0, chosen, erased)
+
+    def _filling(self, images):
+        if self.remode == "const":
+            return images.new_zeros(())
+        shape = images.shape if self.remode == "pixel" else (*images.shape[:2], 1, 1)
+        return torch.randn(shape, generator=self.noise, device=images.device)

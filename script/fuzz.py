@@ -200,6 +200,7 @@ FLAGS = {  # flag: (words that are right, words that are wrong); () stands for a
     "--max-bad-images": (("0", "0.01", "7"), ("-1", "1.5", "inf")),
     "--sched": (("cosine", "plateau"), ("linear",)),
     "--data-set": (("IMNET", "SEMI-IMNET"), ("MNIST",)),
+    "--data-backend": (("pil", "fast"), ("turbo",)),
     "--pseudo-type": (("cnn", "fuse"), ("CNN",)),
     "--amp": (("auto", "off"), ("on",)),
     "--no-amp": ((),) * 2,

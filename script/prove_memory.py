@@ -8,7 +8,7 @@ At every printed line (each tenth step) /proc tells the resident memory of the t
 falls by less than 1 % over 2,000 steps; else the status is 1.
 
 `--compile` does so for a compiled Semiformer over epochs of 50 steps: five are supervised, each ends with a short group
-of batches, every other one with an evaluation whose last batch is short. Besides flat memory, PyTorch's own log
+of batches, every other one with an evaluation, whose batch is short. Besides flat memory, PyTorch's own log
 must tell of one more compilation than the first: that of the graph that labels.
 """
 
@@ -26,7 +26,7 @@ from prove_resume import make_images
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = """--model resnet10t --input-size 64 --batch-size 8 --mu 0.5 --mixup 0 --cutmix 0 --epochs 1 --device cpu
     --num_workers 2 --data-set SEMI-IMNET"""
-COMPILED = """--compile --model Semiformer_micro_patch16 --input-size 32 --batch-size 8 --mu 0.5 --mixup 0 --cutmix 0
+COMPILED = """--compile --model Semiformer_micro_patch16 --input-size 48 --batch-size 8 --mu 0.5 --mixup 0 --cutmix 0
     --device cpu --num_workers 0 --data-set SEMI-IMNET --semi-start-epoch 5 --evaluate-freq 2 --accum-iter 3
     --warmup-epochs 3"""
 FLAT = 0.01  # of the memory, over 2,000 steps

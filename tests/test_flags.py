@@ -514,6 +514,7 @@ def counts(labelled, unlabelled, validation):
 
 OTHERS = TINY + " --data-path SETS --data-split-file None"
 NO_RATIO = "--select-ratio 0.5 means nothing to --data-set IMNET: leave it out."
+NO_JPEG = "--data-backend fast means nothing to --data-set CIFAR10: leave it out."
 NO_LISTS = "--data-set SEMI-PLACES205 needs --split-folder, the folder of semi_ltrain.txt."
 DEIT = "--model deit_tiny_patch16_224 --drop-path 0"
 TWO = "--model Semiformer_micro_patch16 --input-size 32 --drop-path 0"
@@ -623,6 +624,9 @@ FLAGS = {
     "--unlabelled-path": Row("data", [""], "TREE3", lambda args: len(started(args).unlabelled), (8, 18), TINY),
     "--max-bad-images": Row(
         "data", "0.2", "0.25", with_a_broken_image, ("At least 1 of 4 images", "the second stands in"), TINY
+    ),
+    "--data-backend": Row(
+        "loader", "pil", "fast", lambda args: started(args).labelled[0][0].dtype, (torch.float32, torch.uint8), TINY
     ),
     "--unlabelDataset_exclude_labeledData": Row(
         "data",
@@ -840,6 +844,10 @@ MORE = [
     (
         "--select-ratio",
         Row("error", "1", "0.5", labelled_images, (8, NO_RATIO), TINY + " --data-set IMNET"),
+    ),
+    (
+        "--data-backend",
+        Row("error", "pil", "fast", labelled_images, (20, NO_JPEG), OTHERS + " --data-set CIFAR10"),
     ),
     ("--unlabelled-path", Row("data", [""], "LIST3", lambda args: len(started(args).unlabelled), (8, 2), TINY)),
     (

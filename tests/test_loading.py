@@ -1,14 +1,16 @@
 """Loaders: exactly the steps asked for, draws decided by the seed's numbers, each image evaluated once."""
 
 import random
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
+import loading
 from loading import evaluation_loader, to_device, training_loader
 from samplers import training_order
-from utils import seed_everything
+from utils import derived_seed, seed_everything
 
 torch.set_num_threads(1)
 
@@ -123,3 +125,72 @@ def test_to_device_moves_every_tensor():
     assert all(type(batch) is tuple and tensor.device.type == "meta" for batch in moved for tensor in batch)
     (stay, *_) = to_device(loader, torch.device("cpu"))
     assert torch.equal(stay[1], torch.tensor([1, 2])) and stay[0].dtype == torch.float32
+
+
+def test_batches_are_finished_on_the_device_in_their_order():
+    seeds = []
+
+    def finish(seed, device):
+        seeds.append((seed, device))
+        return lambda batch: (batch[0] + 1, batch[1])
+
+    loader = [[torch.full((2,), i), torch.tensor([i])] for i in range(3)]
+    finished = list(to_device(loader, torch.device("cpu"), finish, (0, 1, 2)))
+    assert [[x.tolist() for x in batch] for batch in finished] == [[[i + 1] * 2, [i]] for i in range(3)]
+    assert seeds == [(derived_seed(0, 1, 2), torch.device("cpu"))]
+
+
+class Stream:
+    """A CUDA stream that only writes down what it is asked."""
+
+    def __init__(self, name, done):
+        self.name, self.done, self.made = name, done, 0
+
+    def wait_stream(self, other):
+        self.done.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self):
+        self.made += 1
+        return self.made - 1
+
+    def wait_event(self, event):
+        self.done.append(f"{self.name} waits for {event}")
+
+
+class OnDevice:
+    """A tensor on the device, as far as streams are concerned."""
+
+    def __init__(self, name, done):
+        self.name, self.done = name, done
+
+    def record_stream(self, stream):
+        self.done.append(f"{stream.name} holds {self.name}")
+
+
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_a_batch_is_made_while_the_one_before_is_used(monkeypatch, n):
+    done, current = [], ["using"]
+
+    @contextmanager
+    def stream(side):
+        current.append(side.name)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side", done))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("using", done))
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+
+    def made():
+        for i in range(n):
+            done.append(f"{current[-1]} makes {i}")
+            yield (OnDevice(i, done),)
+
+    for i, (tensor,) in enumerate(loading._ahead(made(), torch.device("cuda"))):
+        assert tensor.name == i and current == ["using"]
+        done.append(f"step {i}")
+    expected = ["side waits for using"] + ["side makes 0"][:n]
+    for i in range(n):
+        expected += [f"side makes {i + 1}"] if i + 1 < n else []
+        expected += [f"using waits for {i}", f"using holds {i}", f"step {i}"]
+    assert done == expected

@@ -1,0 +1,90 @@
+"""Measure what a list of 1.28 million images costs the training process and each of its loader workers.
+
+    python script/measure_lists.py [--images 1281167] [--workers 8] [--batches 300] >> docs/benchmarks.md
+
+The list is synthetic: ImageNet's number of paths, of its length, which all lead to eight small JPEG files. A loader
+goes through some hundred batches of it; then /proc tells the proportional set size (PSS, which shares out among the
+processes what they hold in common) of this process and of its workers. The same with a list of eight images is taken
+off: what is left is the list's.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from prove_memory import children
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from datasets import Views  # noqa: E402
+from loading import training_loader, watched  # noqa: E402
+from readers import FileSource, Samples  # noqa: E402
+from samplers import training_order  # noqa: E402
+from transforms import weak_view  # noqa: E402
+
+BATCH, FILES = 16, 8
+LIMIT = 200  # MB a process
+
+
+def proportional(process):
+    """PSS of a process in MB."""
+    return int(re.search(r"^Pss: +(\d+) kB", Path(f"/proc/{process}/smaps_rollup").read_text(), re.MULTILINE)[1]) / 1024
+
+
+def synthetic(root, images):
+    """Samples of so many paths, 31 letters long (ImageNet's have 30 at most), and FILES files below root."""
+    (root / "n00000000").mkdir(exist_ok=True)
+    for i in range(FILES):
+        Image.new("RGB", (40, 36), (i, 0, 0)).save(root / f"{i}.JPEG")
+    paths = (f"n00000000/../././././././{i % FILES}.JPEG" for i in range(images))
+    return Samples(FileSource(root, list(paths)), np.arange(images) % 1000, ("",) * 1000)
+
+
+def measured(images, workers, batches):
+    """PSS in MB after so many batches: of this process, then of each worker of its loader."""
+    with tempfile.TemporaryDirectory() as folder:
+        views = Views(synthetic(Path(folder), images), np.arange(images), weak_view(32), tolerated=0)
+        steps = max(batches + 2 * workers, images // BATCH)  # a whole pass; the workers are still at it when measured
+        loader = training_loader(views, training_order(images), BATCH, steps, seed=0, epoch=0, rank=0, stream=0,
+                                 num_workers=workers, pin_memory=False)  # fmt: skip
+        seen = watched(loader)
+        for _ in range(batches):
+            next(seen)
+        return [proportional(process) for process in (os.getpid(), *children(os.getpid()))]
+
+
+def main():
+    """Print a Markdown table; status 1 where the list takes more than LIMIT in a process."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=1_281_167, help="length of the list (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=8, help="loader workers (default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=300, help="batches before (default: %(default)s)")
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.alone:
+        print(*measured(args.images, args.workers, args.batches))
+        return
+    rows = []
+    for images in (args.images, FILES):
+        words = ["--images", images, "--workers", args.workers, "--batches", args.batches, "--alone"]
+        command = [sys.executable, "-W", "ignore::UserWarning", __file__, *map(str, words)]  # more workers than cores
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        rows.append([float(word) for word in done.stdout.split()])
+    print(f"| process | PSS, MB, {args.images:,} images | {FILES} images | the list's |\n|---|---|---|---|")
+    for i, (with_list, without) in enumerate(zip(*rows)):
+        name = f"worker {i}" if i else "training process"
+        print(f"| {name} | {with_list:.1f} | {without:.1f} | {with_list - without:.1f} |")
+    worst = max(a - b for a, b in zip(*rows))
+    print(f"\n{args.batches} batches: the list takes at most {worst:.1f} MB of a process (limit {LIMIT})")
+    sys.exit(worst > LIMIT)
+
+
+if __name__ == "__main__":
+    main()

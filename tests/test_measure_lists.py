@@ -1,0 +1,49 @@
+"""Lists of images are compact: bytes an entry, and script/measure_lists.py on a short list."""
+
+import importlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+from trees import ROOT
+
+from datasets import Views
+from loading import training_loader
+from samplers import training_order
+
+sys.path.append(str(ROOT / "script"))
+measure_lists = importlib.import_module("measure_lists")
+
+
+def test_an_entry_takes_its_path_and_four_numbers(tmp_path):
+    n = 10_000
+    samples = measure_lists.synthetic(tmp_path, n)
+    views = Views(samples, np.arange(n), np.asarray)
+    loader = training_loader(views, training_order(n), 10, n // 10, seed=0, epoch=0, rank=0, stream=0,
+                             num_workers=0, pin_memory=False)  # fmt: skip
+    held = {type(value) for thing in (samples.source, views) for value in vars(thing).values() if np.size(value) > 8}
+    assert held == {np.ndarray}
+    assert samples.source._bytes.nbytes == n * len(samples.source.path(0)) == n * 31
+    assert samples.source._ends.nbytes == samples.targets.nbytes == views.indices.nbytes == n * 8
+    assert (len(loader.sampler), loader.sampler.itemsize) == (n, 8)
+    assert sorted(loader.sampler) == list(range(n)) and type(loader.sampler[0]) is int
+    assert samples.source.load(n - 1).size == (40, 36)
+
+
+def test_a_short_list_costs_next_to_nothing():
+    command = [
+        sys.executable,
+        ROOT / "script/measure_lists.py",
+        "--images",
+        "5000",
+        "--workers",
+        "2",
+        "--batches",
+        "20",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    rows = re.findall(r"^\| (training process|worker \d) \| ([\d.]+) \| ([\d.]+) \|", done.stdout, re.MULTILINE)
+    assert [name for name, *_ in rows] == ["training process", "worker 1", "worker 2"], done.stderr
+    assert all(float(pss) > 30 for _, *columns in rows for pss in columns)  # Python and PyTorch alone
+    assert done.returncode == 0 and "limit 200" in done.stdout
