@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.nn import functional as F
@@ -24,14 +24,35 @@ def evaluating(model):
         model.train(was_training)
 
 
+def _streams(out):
+    """(logits, features or None) of a network's output.
+
+    Features are asked for in the whole run or never, so that a compiled network keeps one graph.
+    """
+    return (out["output"], out["feat"]) if isinstance(out, dict) else (out, None)
+
+
 def _split(streams, n):
     return [x[:n] for x in streams], [x[n:] for x in streams]
 
 
 def train_step(
-    state, student, teacher, labelled, unlabelled, recipe, *, autocast, consistent=False, mixup=None, clip_grad=None
+    state,
+    student,
+    teacher,
+    labelled,
+    unlabelled,
+    recipe,
+    *,
+    autocast,
+    consistent=False,
+    mixup=None,
+    clip_grad=None,
+    micro_batch=(0, 1),
 ):
-    """One optimizer step of the paper's section 3.
+    """The loss of a batch and its gradient; then, with the last batch of its group, the optimizer step.
+
+    The step of the paper's section 3. A group of several batches advances by the mean of their losses.
 
     Args:
         state: TrainState; its optimizer, scaler and EMA advance.
@@ -41,9 +62,25 @@ def train_step(
         unlabelled: (strong (U, 3, H, W), weak (U, 3, H, W), true classes (U,), ...), or None: supervised only.
         autocast: makes the context of the forward passes and the losses.
         consistent: add the consistency loss.
+        micro_batch: (place, size): the batch's place in its group, from 0, and how many the group has.
     Returns (parts, diagnosis): {name: 0-d tensor} and {name: (0-d tensor, count)}, both on the device; under fp16
-    the diagnosis has `skipped`, 1.0 where the scaler left the step out, else 0.0.
+    the diagnosis of a step has `skipped`, 1.0 where the scaler left it out, else 0.0.
     """
+    place, size = micro_batch
+    # DDP exchanges the gradients of a group once, with its last batch.
+    accumulating = place < size - 1 and hasattr(student, "no_sync")
+    with student.no_sync() if accumulating else nullcontext():
+        loss, parts, diagnosis = _loss(student, teacher, labelled, unlabelled, recipe, autocast, consistent, mixup)
+        if place == 0:
+            state.optimizer.zero_grad(set_to_none=True)
+        state.scaler.scale(loss / size).backward()
+    if place == size - 1:
+        diagnosis |= _update(state, clip_grad)
+    return parts, diagnosis
+
+
+def _loss(student, teacher, labelled, unlabelled, recipe, autocast, consistent, mixup):
+    """(loss, its parts, diagnosis) of a batch."""
     images, labels = labelled[:2]
     if mixup is not None:
         images, labels = mixup(images, labels)
@@ -51,24 +88,28 @@ def train_step(
     diagnosis = {}
     with autocast():
         if unlabelled is None:
-            labelled_logits = student(images)
+            labelled_logits = _streams(student(images, ret_feat=recipe.dual_consistency))[0]
         else:
             strong, weak, truth = unlabelled[:3]
             # paper: one train-mode forward for both, so BatchNorm sees labelled and strong images together...
-            out = student(torch.cat([images, strong]), ret_feat=consistent)
+            logits, features = _streams(student(torch.cat([images, strong]), ret_feat=recipe.dual_consistency))
             # ...and the weak ones come after it, on running statistics this step has already updated.
             with torch.no_grad(), evaluating(teacher):
-                weak_out = teacher(weak, ret_feat=consistent)
-            logits, weak_logits = (out["output"], weak_out["output"]) if consistent else (out, weak_out)
+                weak_logits, weak_features = _streams(teacher(weak, ret_feat=recipe.dual_consistency))
             labelled_logits, strong_logits = _split(logits, len(images))
             if consistent:
-                features = weak_out["feat"], _split(out["feat"], len(images))[1]
+                features = weak_features, _split(features, len(images))[1]
             targets, weights = pseudo_label(weak_logits, recipe.policy, recipe.threshold, recipe.temperature)
             diagnosis = diagnostics(targets, weights, truth, weak_logits)
-        loss, parts = objective(labelled_logits, labels, strong_logits, targets, weights, recipe, features)
+        loss, parts = objective(
+            labelled_logits, labels, strong_logits, targets, weights, recipe, features if consistent else None
+        )
+    return loss, parts, diagnosis
 
-    state.optimizer.zero_grad(set_to_none=True)
-    state.scaler.scale(loss).backward()
+
+def _update(state, clip_grad):
+    """Clip, step and EMA; {'skipped': (1.0 or 0.0, 1)} where there is a gradient scaler."""
+    skipped = {}
     if clip_grad is not None:
         state.scaler.unscale_(state.optimizer)
         torch.nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad)
@@ -78,10 +119,10 @@ def train_step(
     if scale is not None:
         # fp16 overflows now and then: the scaler leaves the step out and halves its scale. `scaler.step` waits for
         # the device to know it, so asking costs nothing more.
-        diagnosis["skipped"] = float(state.scaler.get_scale() < scale), 1
+        skipped["skipped"] = float(state.scaler.get_scale() < scale), 1
     if state.ema is not None:
         state.ema.update(state.model)
-    return parts, diagnosis
+    return skipped
 
 
 class Watch:
@@ -134,9 +175,12 @@ def train_one_epoch(
     autocast,
     mixup=None,
     clip_grad=None,
+    accum_iter=1,
     print_freq=10,
 ):
     """Train for one epoch; `labelled` and `unlabelled` (or None) yield batches on the device, `steps` of them.
+
+    The optimizer steps once for `accum_iter` batches, and once for those left at the end.
 
     Returns {meter: mean over all ranks and steps}: lr, the loss parts and, semi-supervised, the diagnostics; under
     fp16 `skipped`, the share of the steps the gradient scaler left out.
@@ -160,6 +204,7 @@ def train_one_epoch(
             consistent=consistent,
             mixup=mixup,
             clip_grad=clip_grad,
+            micro_batch=(step % accum_iter, min(accum_iter, steps - step // accum_iter * accum_iter)),
         )
         watch.add(step, parts, with_labels, without)
         meters.update(lr=state.optimizer.param_groups[0]["lr"], **parts)

@@ -52,6 +52,9 @@ def _run_flags(parser):
     add = _group(parser, "length and pace of the run")
     add("--batch-size", default=64, type=int,
         help="images per process and step, labelled and unlabelled together")
+    add("--accum-iter", default=1, type=int, metavar="N",
+        help="batches whose mean loss makes one optimizer step, as one batch N times as large would, but for "
+             "BatchNorm: its statistics are those of each batch; an epoch's last step takes what is left")
     add("--epochs", default=300, type=int,
         help="length of the run in epochs; without --steps-per-epoch an epoch is one pass of the labelled "
              "loader")
@@ -257,6 +260,10 @@ def _hardware_flags(parser):
     add("--amp", default=None, choices=["auto", "off", "fp16", "bf16"],
         help="mixed precision: auto = bf16 where the GPU has it, else fp16 with a gradient scaler, off on a "
              "CPU; None: auto")
+    add("--compile", action="store_true",
+        help="compile the network with torch.compile: minutes at the start, faster steps, other rounding")
+    add("--grad-checkpointing", action="store_true",
+        help="compute activations again in backward instead of keeping them: less memory, slower steps")
     add("--use-native-amp", action="store_true", help="the published name of --amp auto")
     add("--no-amp", action="store_true", help="the published name of --amp off")
     add("--num_workers", default=10, type=int,
@@ -309,7 +316,7 @@ def labelled_and_unlabelled(args):
 _SCHEDULES = ("cosine", "tanh", "step", "poly", "plateau")
 _LIMITS = {
     "must be at least 1": (
-        lambda x: x >= 1, ("--epochs", "--batch-size", "--evaluate-freq", "--input-size", "--recount")),
+        lambda x: x >= 1, ("--epochs", "--batch-size", "--evaluate-freq", "--input-size", "--recount", "--accum-iter")),
     "must be 0 or more": (
         lambda x: x >= 0,
         ("--steps-per-epoch", "--start_epoch", "--warmup-epochs", "--num_workers", "--semi-lambda",

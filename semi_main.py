@@ -16,9 +16,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,62 +28,12 @@ from datasets import build_training_sets, build_validation_set
 from engine import evaluate, train_one_epoch
 from loading import count_unreadable, evaluation_loader, to_device, training_loader, watched
 from losses import Recipe
-from models import build_model
+from models import build_model, folded, save_memory
+from optimization import build_optimizer, build_scheduler, learning_rates, mixed_precision
 from options import get_args_parser
 from samplers import training_order
 from starts import apply_starts, start_files
 from utils import say
-
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
-
-
-def mixed_precision(choice, device):
-    """(autocast context factory, gradient scaler) for --amp; ValueError where the device cannot."""
-    if choice == "auto":
-        if device.type == "cuda":
-            choice = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        else:
-            choice = "off"
-    if choice == "fp16" and device.type != "cuda":
-        raise ValueError(f"--amp fp16 needs a CUDA GPU, and --device is {device.type}: use --amp off or bf16.")
-    dtype = PRECISIONS[choice]
-    autocast = partial(torch.autocast, device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
-    return autocast, torch.amp.GradScaler(device.type, enabled=choice == "fp16"), choice
-
-
-def build_optimizer(args, model):
-    """timm's optimizer of the flags; no decay on biases, 1-d parameters and `no_weight_decay`.
-
-    Raises ValueError for an optimizer timm does not know or that refuses the flags' settings.
-    """
-    try:
-        return create_optimizer_v2(model, **optimizer_kwargs(args))
-    except (ValueError, AssertionError, TypeError) as error:
-        raise ValueError(f"timm cannot make --opt {args.opt} with these --opt-* flags: {error!r}") from error
-
-
-def build_scheduler(args, optimizer):
-    """timm's schedule of the flags, stepped once an epoch, after it, with the epoch's own index."""
-    settings = scheduler_kwargs(args)
-    if args.sched == "plateau" and not args.warmup_epochs:
-        settings["warmup_lr"] = args.lr  # timm's plateau starts from it even without a warm-up.
-    scheduler, _ = create_scheduler_v2(optimizer, **settings)
-    if args.sched == "plateau":
-        scheduler.lr_scheduler.cooldown = args.cooldown_epochs  # timm's factory always sets 0.
-    return scheduler
-
-
-def learning_rates(args):
-    """The learning rate in force in each epoch, (epochs,); a plateau schedule is shown without any plateau."""
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.lr)
-    scheduler = build_scheduler(args, optimizer)
-    rates = []
-    for epoch in range(args.epochs):
-        rates.append(optimizer.param_groups[0]["lr"])
-        # released code: the index is the finished epoch's, so epochs 0 and 1 share the first value.
-        scheduler.step(epoch, metric=epoch)
-    return rates
-
 
 def _mixup(args, num_classes):
     if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
@@ -103,10 +50,11 @@ def _mixup(args, num_classes):
     )
 
 
-def _network(args, num_classes):
-    return build_model(
+def _network(args, num_classes, device):
+    model = build_model(
         args.model, num_classes, args.input_size, args.drop, args.drop_path, args.drop_block, args.remove_fcu
     )
+    return model.to(device, memory_format=torch.channels_last)  # faster convolutions, CPU and GPU
 
 
 def _distributed(model, device):
@@ -130,7 +78,7 @@ def _evaluate(args, model, views, device, autocast):
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and device.type == "cuda",
     )
-    return evaluate(model, to_device(watched(loader), device), autocast=autocast)
+    return evaluate(folded(model), to_device(watched(loader), device), autocast=autocast)
 
 
 def _summary(name, meters):
@@ -152,7 +100,7 @@ def evaluate_checkpoint(args, device):
         raise ValueError("--eval needs --resume CHECKPOINT, the file to evaluate.")
     views = build_validation_set(args)
     classes = len(views.samples.classes)
-    model = _network(args, classes).to(device)
+    model = _network(args, classes, device)
     autocast, _, precision = mixed_precision(options.requested_amp(args), device)
     content = checkpoint.read(resume)
     checkpoint.load_weights(model, checkpoint.weights_in(content, resume), resume)
@@ -180,7 +128,9 @@ class Run:
         self.recipe = Recipe.from_args(args)
         self.mixup = _mixup(args, len(classes))
         self.autocast, scaler, self.precision = mixed_precision(options.requested_amp(args), device)
-        model = _network(args, len(classes)).to(device)
+        model = _network(args, len(classes), device)
+        if args.grad_checkpointing:
+            save_memory(model)
         self.n_parameters = sum(p.numel() for p in model.parameters())
         optimizer = build_optimizer(args, model)
         self.state = TrainState(model, optimizer, build_scheduler(args, optimizer), scaler)
@@ -193,6 +143,8 @@ class Run:
         self._load()
         if args.model_ema:
             self.state.ema = self.state.ema or self._average()
+        if args.compile:
+            model.compile()  # Its copies, the average and the one that is evaluated, are not.
 
     def _average(self):
         device = "cpu" if self.args.model_ema_force_cpu else None
@@ -298,6 +250,7 @@ class Run:
             autocast=self.autocast,
             mixup=self.mixup,
             clip_grad=args.clip_grad,
+            accum_iter=args.accum_iter,
         )
 
     def evaluate(self):

@@ -6,6 +6,7 @@ import timm
 
 from models import baselines, convmixer, semiformer  # noqa: F401  (importing is registering)
 from models.baselines import MyResNet, single_stream
+from models.blocks import folded, update_statistics_once  # noqa: F401  (folded: re-exported)
 
 
 def build_model(
@@ -49,3 +50,16 @@ def build_model(
     except TypeError as error:
         raise ValueError(f"{name} lacks a setting it was given ({error}): set the flag's rate to 0.") from error
     return model if isinstance(model, MyResNet) else single_stream(model)
+
+
+def save_memory(model):
+    """Compute activations again in backward instead of keeping them (`--grad-checkpointing`), in place.
+
+    Running statistics are updated once. Raises ValueError for a network that cannot.
+    """
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:
+        name = type(model).__name__
+        raise ValueError(f"--grad-checkpointing: {name} has no blocks to compute again; leave it out.") from error
+    update_statistics_once(model)

@@ -5,7 +5,7 @@ from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from models.blocks import ConvBlock
+from models.blocks import ConvBlock, recomputed
 from models.semiformer import build, init_weights
 
 
@@ -36,7 +36,7 @@ class ConvStream(nn.Module):
 
     def __init__(self, num_classes=1000, width=256, in_chans=3):
         super().__init__()
-        self.num_classes, self.num_features = num_classes, 4 * width
+        self.num_classes, self.num_features, self.grad_checkpointing = num_classes, 4 * width, False
         self.stem = nn.Sequential(
             nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False),
             nn.BatchNorm2d(64),
@@ -58,11 +58,15 @@ class ConvStream(nn.Module):
         """The head, as of every network of timm."""
         return self.head
 
+    def set_grad_checkpointing(self, enable=True):
+        """Keep only what passes between blocks, and compute a block again in backward."""
+        self.grad_checkpointing = enable
+
     def forward_features(self, images):
         """(N, 3, H, W) -> (N, num_features, H/32, W/32)."""
         x = self.stem(images)
         for block in self.blocks:
-            x, _ = block(x)
+            x, _ = recomputed(block, x) if self.grad_checkpointing and self.training else block(x)
         return x
 
     def forward_head(self, x, pre_logits=False):
@@ -78,6 +82,10 @@ class MyResNet(nn.Module):
         super().__init__()
         self.model = single_stream(timm.create_model(layout, **kwargs))
         self.num_classes = self.model.num_classes
+
+    def set_grad_checkpointing(self, enable=True):
+        """timm's: compute layers again in backward."""
+        self.model.set_grad_checkpointing(enable)
 
     def forward(self, images, ret_feat=False):
         """(N, 3, H, W) -> [logits (N, classes)]; with `ret_feat` the pooled features too."""

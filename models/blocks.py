@@ -4,12 +4,15 @@ Shapes: N images, C channels, H x W map, L patch tokens, E embedding. The transf
 parameter names are the published ones.
 """
 
+from copy import deepcopy
 from functools import partial
 
 import torch
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.checkpoint import checkpoint
 
 BatchNorm = partial(nn.BatchNorm2d, eps=1e-6)
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -22,6 +25,38 @@ def transformer_block(embed_dim, num_heads, mlp_ratio, qkv_bias, drop, drop_path
     )
 
 
+def folded(network):
+    """A copy for evaluation, its BatchNorms worked into the convolutions before them: the same function, fewer steps.
+
+    Modules name such neighbours in `conv_bn`, pairs of attribute names. BatchNorms elsewhere stay.
+    """
+    copy = deepcopy(network).eval()
+    for module in list(copy.modules()):
+        for conv, norm in getattr(module, "conv_bn", ()):
+            if hasattr(module, norm):
+                setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
+                setattr(module, norm, nn.Identity())
+    return copy
+
+
+def _freeze_in_backward(norm, _inputs):
+    # A compiled graph has the update once anyway.
+    if not torch.compiler.is_compiling():
+        norm.track_running_stats = torch._C._current_graph_task_id() == -1
+
+
+def update_statistics_once(network):
+    """Keep BatchNorm's running statistics from a second update where backward computes activations again."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.register_forward_pre_hook(_freeze_in_backward)
+
+
+def recomputed(function, *inputs):
+    """function(*inputs), its activations dropped and computed again in backward."""
+    return checkpoint(function, *inputs, use_reentrant=False)
+
+
 class ConvBlock(nn.Module):
     """Bottleneck: 1x1, 3x3 (strided), 1x1 convolutions of middle width out/4, the last ReLU after the sum.
 
@@ -29,6 +64,8 @@ class ConvBlock(nn.Module):
     which activation squeeze reads and which convolution the expanded map joins. The shortcut never carries the
     expanded map. Source: Conformer (Peng et al., ICCV 2021), changed as in Semiformer's released code.
     """
+
+    conv_bn = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("residual_conv", "residual_bn"))
 
     def __init__(self, in_channels, out_channels, stride=1, project=False, narrow=False):
         super().__init__()
@@ -86,6 +123,8 @@ class FCUDown(nn.Module):
 
 class FCUUp(nn.Module):
     """Expand: patch tokens become a map for the CNN, repeated s x s times (nearest neighbour)."""
+
+    conv_bn = (("conv_project", "bn"),)
 
     def __init__(self, embed_dim, out_channels, stride):
         super().__init__()

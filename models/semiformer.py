@@ -3,13 +3,15 @@
 Semiformer: Weng et al., "Semi-Supervised Vision Transformers", ECCV 2022. Conformer: Peng et al., ICCV 2021.
 """
 
+from functools import partial
+
 import torch
 from timm.layers import resample_abs_pos_embed, trunc_normal_
 from timm.models import register_model
 from torch import nn
 from torch.nn import functional as F
 
-from models.blocks import ConvBlock, ConvTransBlock, transformer_block
+from models.blocks import ConvBlock, ConvTransBlock, recomputed, transformer_block
 
 
 def init_weights(network):
@@ -39,6 +41,8 @@ class Semiformer(nn.Module):
         pos_embed: learn a position embedding for 224 px; another input size reads it resized (bicubic).
     """
 
+    conv_bn = (("conv1", "bn1"),)
+
     def __init__(
         self,
         patch_size=16,
@@ -66,7 +70,7 @@ class Semiformer(nn.Module):
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} does not divide into {num_heads} heads.")
         self.patch_size, self.num_classes, self.embed_dim = patch_size, num_classes, embed_dim
-        self.remove_fcu = remove_fcu
+        self.remove_fcu, self.grad_checkpointing = remove_fcu, False
         self.num_features = base_channel * channel_ratio * 4
         self._transformer = dict(
             embed_dim=embed_dim, num_heads=num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, drop=drop_rate
@@ -113,6 +117,10 @@ class Semiformer(nn.Module):
         """Parameters AdamW must not decay."""
         return {"cls_token"}  # released code: the PE variant's position embedding is decayed.
 
+    def set_grad_checkpointing(self, enable=True):
+        """Keep only what passes between stages, and compute a stage again in backward."""
+        self.grad_checkpointing = enable
+
     def unused_parameters(self):
         """Names of parameters no gradient reaches: the fusion's, under `remove_fcu`."""
         if not self.remove_fcu:
@@ -137,7 +145,8 @@ class Semiformer(nn.Module):
         tokens = self.trans_1(self._tokens(stem, grid))
         for name, stage in self.named_children():
             if name.startswith("conv_trans_"):
-                x, tokens = stage(x, tokens, grid)
+                run = partial(recomputed, stage) if self.grad_checkpointing and self.training else stage
+                x, tokens = run(x, tokens, grid)
         features = [x.mean((2, 3)), self.trans_norm(tokens)[:, 0]]
         logits = [self.conv_cls_head(features[0]), self.trans_cls_head(features[1])]
         return {"output": logits, "feat": features} if ret_feat else logits

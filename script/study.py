@@ -28,9 +28,9 @@ from fashion import fashion, write_idx  # noqa: E402
 # ---------------------------------------------------------------------------------------------- named runs
 
 LABELS, VALIDATION = 100, 2000
-COMMON = """--data-set FASHION --input-size 64 --evaluate-freq 1 --warmup-epochs 0 --mixup 0 --cutmix 0
+COMMON = """--data-set FASHION --input-size 64 --warmup-epochs 0 --mixup 0 --cutmix 0
     --no-repeated-aug --smoothing 0 --drop-path 0 --num_workers 0"""
-LENGTH = "--epochs 4 --steps-per-epoch 250 --no-model-ema"
+LENGTH = "--epochs 40 --steps-per-epoch 40 --evaluate-freq 10 --no-model-ema"
 SUPERVISED = "--supervise-only --batch-size 8"
 SEMI = "--batch-size 32 --mu 0.25 --threshold 0.9 --semi-lambda 1"
 NETWORKS = {  # within 20 % of one another in parameters
@@ -64,7 +64,7 @@ CHANGES = {  # name: (flags, what must differ from the baseline's)
 BASE = MAIN["semiformer-semi"].replace("--no-model-ema", "--model-ema-decay 0.99")
 ABLATION = {"baseline": BASE} | {name: f"{BASE} {flags}" for name, (flags, _) in CHANGES.items()}
 # So sharp a temperature that a network of no training is sure of some images, and a log line every five steps.
-BRIEF = "--epochs 4 --steps-per-epoch 5 --batch-size 16 --temperature 0.2 --threshold 0.7"
+BRIEF = "--epochs 4 --steps-per-epoch 5 --evaluate-freq 1 --batch-size 16 --temperature 0.15 --threshold 0.7"
 SMOKE = {"baseline": f"{BASE} {BRIEF}"} | {name: f"{BASE} {BRIEF} {flags}" for name, (flags, _) in CHANGES.items()}
 SUITES = {"main": MAIN, "ablation": ABLATION, "smoke": SMOKE}
 

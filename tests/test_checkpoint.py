@@ -255,14 +255,14 @@ def test_an_optimizer_of_another_kind_is_named():
 
 
 def test_plateau_goes_on_with_its_counters_and_as_plateau_only():
-    import semi_main
+    import optimization
     from options import get_args_parser
 
     def plateau(sched="plateau"):
         words = ["--sched", sched, "--warmup-epochs", "0", "--patience-epochs", "2", "--cooldown-epochs", "0"]
         args = argparse.ArgumentParser(parents=[get_args_parser()]).parse_args(words)
         state = state_of()
-        state.scheduler = semi_main.build_scheduler(args, state.optimizer)
+        state.scheduler = optimization.build_scheduler(args, state.optimizer)
         return state
 
     def step(state, epochs):

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import engine
-import semi_main
+import optimization
 from checkpoint import TrainState
 from engine import evaluate, evaluating, train_one_epoch, train_step
 from losses import Recipe
@@ -31,10 +31,10 @@ def flags(*words):
 
 def state_of(model, *words, ema=0.9):
     args = flags("--lr", "1e-3", *words)
-    optimizer = semi_main.build_optimizer(args, model)
+    optimizer = optimization.build_optimizer(args, model)
     average = ModelEmaV3(model, decay=ema) if ema else None
     return TrainState(
-        model, optimizer, semi_main.build_scheduler(args, optimizer), torch.amp.GradScaler(enabled=False), average
+        model, optimizer, optimization.build_scheduler(args, optimizer), torch.amp.GradScaler(enabled=False), average
     )
 
 
@@ -77,13 +77,13 @@ def test_six_steps_equal_the_published_ones():
 @pytest.mark.parametrize("case", RATES)
 def test_learning_rates_are_the_published_ones(case):
     epochs, lr = (part.split("=")[1] for part in case.split(","))
-    ours = semi_main.learning_rates(flags("--epochs", epochs, "--lr", lr))
+    ours = optimization.learning_rates(flags("--epochs", epochs, "--lr", lr))
     assert ours == pytest.approx(RATES[case], rel=1e-12, abs=0)
 
 
 def test_weight_decay_spares_biases_vectors_and_the_class_token():
     model = build_model("Semiformer_PE_small_patch16", 10, depth=3)
-    optimizer = semi_main.build_optimizer(flags("--weight-decay", "0.05"), model)
+    optimizer = optimization.build_optimizer(flags("--weight-decay", "0.05"), model)
     names = {id(p): name for name, p in model.named_parameters()}
     decayed = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] == 0.05 for p in g["params"]}
     spared = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]}
@@ -284,12 +284,12 @@ def test_evaluation_of_one_stream_and_of_fewer_classes_than_five():
 
 def test_precision_follows_the_device_and_the_flag():
     cpu = torch.device("cpu")
-    autocast, scaler, name = semi_main.mixed_precision("auto", cpu)
+    autocast, scaler, name = optimization.mixed_precision("auto", cpu)
     assert name == "off" and not scaler.is_enabled()
     with autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
-    autocast, scaler, name = semi_main.mixed_precision("bf16", cpu)
+    autocast, scaler, name = optimization.mixed_precision("bf16", cpu)
     with autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="--amp fp16 needs a CUDA GPU, and --device is cpu"):
-        semi_main.mixed_precision("fp16", cpu)
+        optimization.mixed_precision("fp16", cpu)

@@ -20,6 +20,7 @@ from torch import nn
 from trees import make_cifar, make_fashion, make_inat, make_places, make_semi_inat
 
 import datasets
+import optimization
 import options
 import semi_main
 import utils
@@ -237,7 +238,7 @@ class Toy(nn.Module):
 
 
 def optimizer(figure):
-    return lambda args: figure(semi_main.build_optimizer(args, Toy()))
+    return lambda args: figure(optimization.build_optimizer(args, Toy()))
 
 
 def decays(optimizer):
@@ -245,7 +246,7 @@ def decays(optimizer):
 
 
 def rates(args):
-    return [float(f"{rate:.6g}") for rate in semi_main.learning_rates(args)]
+    return [float(f"{rate:.6g}") for rate in optimization.learning_rates(args)]
 
 
 def stays_near_one(args):
@@ -255,7 +256,7 @@ def stays_near_one(args):
 def stuck_rates(args):
     """The learning rate of each epoch where the accuracy never improves."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.lr)
-    scheduler, seen = semi_main.build_scheduler(args, optimizer), []
+    scheduler, seen = optimization.build_scheduler(args, optimizer), []
     for epoch in range(args.epochs):
         seen.append(float(f"{optimizer.param_groups[0]['lr']:.6g}"))
         scheduler.step(epoch, metric=1.0)
@@ -265,7 +266,7 @@ def stuck_rates(args):
 def network(figure):
     def probe(args):
         with torch.device("meta"):
-            return figure(semi_main._network(args, 2))
+            return figure(semi_main._network(args, 2, torch.device("meta")))
 
     return probe
 
@@ -279,7 +280,7 @@ def rates_of(kind, name):
 
 def cnn_hears_transformer(args):
     """Whether the CNN's logits depend on the first transformer block."""
-    model = semi_main._network(args, 2)
+    model = semi_main._network(args, 2, CPU)
     model(torch.randn(2, 3, 32, 32))[0].sum().backward()
     return model.trans_1.mlp.fc1.weight.grad is not None
 
@@ -289,7 +290,7 @@ def sizes(args):
     image = Image.new("RGB", (32, 32))
     views = (*datasets._views(args)[1:], datasets.eval_view(args.input_size))
     with torch.device("meta"):
-        positions = semi_main._network(args, 2).pos_embed.shape[1]
+        positions = semi_main._network(args, 2, torch.device("meta")).pos_embed.shape[1]
     return [view(image).shape[-1] for view in views], positions
 
 
@@ -445,7 +446,7 @@ def precision_on_gpu(args):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-        autocast, scaler, _ = semi_main.mixed_precision(options.requested_amp(args), CUDA)
+        autocast, scaler, _ = optimization.mixed_precision(options.requested_amp(args), CUDA)
     return autocast.keywords["dtype"] if autocast.keywords["enabled"] else "off", scaler.is_enabled()
 
 

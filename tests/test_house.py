@@ -23,6 +23,7 @@ ARROWS = {
     "fashion": {"readers"},
     "transforms": {"randaugment"},
     "checkpoint": {"utils"},
+    "optimization": set(),
     "output_folder": {"checkpoint", "utils"},
     "starts": {"checkpoint", "utils"},
     "models": {"models"},
