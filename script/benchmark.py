@@ -32,7 +32,7 @@ from timm.utils import ModelEmaV3
 from variants import DECAY, VARIANTS, batch, flags, has_bf16, network, prove, scattered, step_of
 
 import models
-import semi_main
+import optimization
 import transforms
 import utils
 from datasets import build_training_sets
@@ -90,15 +90,14 @@ def evaluation(args):
     with torch.no_grad():
         model(images)
     networks = {"published": published.as_published(model), "ours": models.folded(model)}
-    networks |= {"channels_last": published.as_published(model, ("channels_last",))}
-    networks |= {lever: published.as_published(model, (lever,)) for lever in published.PARTS}
+    networks |= {lever: published.as_published(model, (lever,)) for lever in (*published.PARTS, "channels_last")}
+    networks |= {"bf16": networks["published"], "folded": models.folded(networks["published"])}
 
     def make(name):
-        dtype = "bf16" if "bf16" in name else "off"
-        autocast, _, _ = semi_main.mixed_precision(dtype, args.device)
-        chosen = networks[name.removesuffix(" bf16").removesuffix(" fp32") if name != "bf16" else "published"]
+        autocast, _, _ = optimization.mixed_precision("bf16" if "bf16" in name else "off", args.device)
+        chosen = networks[name.removesuffix(" bf16").removesuffix(" fp32")]
 
-        @torch.inference_mode()
+        @torch.no_grad()
         def forward():
             with autocast():
                 return chosen(images)
@@ -107,7 +106,7 @@ def evaluation(args):
 
     lines = [Line("fp32", "published fp32", "ours fp32", 1.7), Line("bf16", "published fp32", "ours bf16", 3.3)]
     lines += [Line("bf16, both", "published bf16", "ours bf16")]
-    lines += [Line(f"{name} alone", "published fp32", name) for name in (*published.PARTS, "channels_last", "bf16")]
+    lines += [Line(f"{name} alone", "published fp32", name) for name in list(networks)[2:]]
     head = f"### Evaluation: a batch of {args.batch} images\n\n"
     return head + table(lines, _calls(lines, make, args), args, images=args.batch)
 
@@ -178,7 +177,7 @@ def optimizer(args):
         parameter.grad = torch.randn_like(parameter) * 1e-3
     calls = {
         "published AdamW": published.adamw(given, model).step,
-        "ours AdamW": semi_main.build_optimizer(given, model).step,
+        "ours AdamW": optimization.build_optimizer(given, model).step,
         "published EMA": partial(published.PerTensorEma(model, DECAY).update, model),
         "ours EMA": partial(ModelEmaV3(model, decay=DECAY).update, model),
     }

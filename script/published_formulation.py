@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the programs
 
 from losses import objective  # noqa: E402
 from models.blocks import FCUDown, FCUUp  # noqa: E402
-from semi_main import build_optimizer  # noqa: E402
+from optimization import build_optimizer  # noqa: E402
 from transforms import _repair_posterize  # noqa: E402
 
 
@@ -158,19 +158,19 @@ def select_targets(conv_logits, trans_logits, policy, threshold, temperature=1.0
     return torch.tensor(targets, device=conv.device), torch.tensor(weights, dtype=at_least, device=conv.device)
 
 
-def train_step(model, student, optimizer, ema, labelled, unlabelled, recipe, autocast, choose=select_targets):
-    """One published step; the arguments are those of `engine.train_step`, `student` the model or its compiled form.
+def train_step(model, optimizer, ema, labelled, unlabelled, recipe, autocast):
+    """One published step; the arguments are those of `engine.train_step`.
 
     Returns the loss parts. Raises FloatingPointError where the loss is not finite, which waits for the device.
     """
     (images, labels), (strong, weak) = labelled[:2], unlabelled[:2]
     with autocast():
-        logits = student(torch.cat([images, strong]))
-        student.eval()
+        logits = model(torch.cat([images, strong]))
+        model.eval()
         with torch.no_grad():
-            weak_logits = student(weak)
-        student.train()
-        targets, weights = choose(*weak_logits, recipe.policy, recipe.threshold, recipe.temperature)
+            weak_logits = model(weak)
+        model.train()
+        targets, weights = select_targets(*weak_logits, recipe.policy, recipe.threshold, recipe.temperature)
         first, rest = [x[: len(images)] for x in logits], [x[len(images) :] for x in logits]
         loss, parts = objective(first, labels, rest, targets, weights, recipe)
     if not math.isfinite(loss.item()):

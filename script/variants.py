@@ -12,6 +12,7 @@ from timm.utils import ModelEmaV3
 
 import engine
 import models
+import optimization
 import semi_main
 from checkpoint import TrainState
 from losses import Recipe
@@ -58,9 +59,10 @@ def has_bf16(device):
 
 
 def network(args, dtype=torch.float32):
-    """The network of --model with 1000 classes in train mode, the same weights at every call."""
+    """The network of --model as a run builds it, in train mode, with the same weights at every call."""
     torch.manual_seed(0)
-    return models.build_model(args.model, args.classes, args.input_size).to(args.device, dtype).train()
+    given = flags("--model", args.model, "--input-size", args.input_size)
+    return semi_main._network(given, args.classes, args.device).to(dtype).train()
 
 
 def batch(args, labelled, unlabelled, dtype=torch.float32):
@@ -77,28 +79,25 @@ def batch(args, labelled, unlabelled, dtype=torch.float32):
 
 def step_of(args, variant, dtype=torch.float32, sizes=None, recipe=RECIPE):
     """(training step as a call without arguments that returns the loss parts, its network, its moving average)."""
-    autocast, scaler, _ = semi_main.mixed_precision("bf16" if variant.bf16 else "off", args.device)
+    autocast, scaler, _ = optimization.mixed_precision("bf16" if variant.bf16 else "off", args.device)
     labelled, unlabelled = batch(args, *(sizes or args.sizes), dtype)
     given, model = flags("--opt", "adamw", "--lr", "1e-3"), network(args, dtype)
     if not variant.ours:
         model = published.as_published(model, variant.levers)
     elif variant.checkpointed:
-        model.set_grad_checkpointing(True)
-    student = torch.compile(model, backend=args.backend) if variant.compiled else model
+        models.save_memory(model)
     average = ModelEmaV3 if variant.ours or "foreach EMA" in variant.levers else published.PerTensorEma
     fused = variant.ours or "fused AdamW" in variant.levers
-    ema, optimizer = (
-        average(model, decay=DECAY),
-        (semi_main.build_optimizer if fused else published.adamw)(given, model),
-    )
-    if not variant.ours:
-        step = partial(
-            published.train_step, model, student, optimizer, ema, labelled, unlabelled, recipe, autocast=autocast
-        )
-        return step, model, ema
-    state = TrainState(model, optimizer, None, scaler, ema)
-    step = partial(engine.train_step, state, student, student, labelled, unlabelled, recipe, autocast=autocast)
-    return lambda: step()[0], model, ema
+    ema = average(model, decay=DECAY)
+    optimizer = (optimization.build_optimizer if fused else published.adamw)(given, model)
+    if variant.compiled:
+        model.compile(backend=args.backend)
+    if variant.ours:
+        state = TrainState(model, optimizer, None, scaler, ema)
+        step = partial(engine.train_step, state, model, model, labelled, unlabelled, recipe, autocast=autocast)
+        return lambda: step()[0], model, ema
+    step = partial(published.train_step, model, optimizer, ema, labelled, unlabelled, recipe, autocast)
+    return step, model, ema
 
 
 # -------------------------------------------------------------------------------- the proof
@@ -142,7 +141,11 @@ def prove(args):
         logits = [dict(enumerate(model.eval()(images))) for _, model, _ in both]
         folded = dict(enumerate(models.folded(both[0][1])(images)))
     found["evaluation logits"] = max(_same("evaluation logits", each, logits[1]) for each in (logits[0], folded))
-    parts = [step() for step, model, _ in both if model.train()]
+    parts = []
+    for step, model, _ in both:
+        model.train()
+        torch.manual_seed(3)  # stochastic depth drops the same paths
+        parts.append(step())
     found["loss"] = _same("loss parts", *parts)
 
     def compare(what, tensors):
