@@ -29,11 +29,11 @@ import torch
 from interleaved import Line, profiled, table
 from PIL import Image
 from timm.utils import ModelEmaV3
+from torch.utils.data import default_collate
 from variants import DECAY, VARIANTS, batch, flags, has_bf16, network, prove, scattered, step_of
 
 import models
 import optimization
-import transforms
 import utils
 from datasets import build_training_sets
 from pseudo_labels import POLICIES, select_targets
@@ -133,23 +133,22 @@ def data(args):
             return build_training_sets(flags(*words, *more), semi_supervised=True)[1]
 
         pixel_exact, fast = ours(), ours("--data-backend", "fast")
-        finish = transforms.DeviceFinish()
-        baseline = published.PillowToFloat(args.input_size)
+        baseline, finish = published.PillowToFloat(args.input_size), fast.finish(0, torch.device("cpu"))
         files = [Path(folder, "train", pixel_exact.samples.source.path(i)) for i in range(args.photos)]
-        readers = {
+        batches = {
             "published": lambda: [baseline(file) for file in files],
             "ours, pixel-exact": lambda: [pixel_exact[i] for i in range(args.photos)],
             "ours, uint8": lambda: [fast[i] for i in range(args.photos)],
-            "ours, float": lambda: [[finish(v[None]) for v in fast[i][:2]] for i in range(args.photos)],
         }
 
-        def seeded(read, rounds):
+        def batch_of(name, rounds):
             utils.seed_everything(next(rounds))  # the same crops and augmentations for all, others every round
-            return read()
+            return default_collate(batches[name]())
 
-        calls = {name: partial(seeded, read, count()) for name, read in readers.items()}
-        pairs = zip(*(seeded(readers[name], count()) for name in ("published", "ours, pixel-exact")))
-        if not all(mine.equal(theirs) for a, b in pairs for mine, theirs in zip(a, b[:2])):
+        calls = {name: partial(batch_of, name, count()) for name in batches}
+        calls["ours, float"] = lambda rounds=count(): finish(batch_of("ours, uint8", rounds))
+        theirs, mine = (batch_of(name, count()) for name in ("published", "ours, pixel-exact"))
+        if not all(a.equal(b) for a, b in zip(theirs, mine)):
             raise ValueError("The published views and those of --data-backend pil differ: mend transforms.py.")
         lines = [
             Line("`fast`, uint8 out", "published", "ours, uint8", 1.9),
@@ -216,9 +215,9 @@ def memory(args):
         if "bf16" in name and not has_bf16(args.device):
             continue
         command = [sys.executable, __file__, "memory", *words, "--variant", name]
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
         if done.returncode:
-            raise ValueError(f"The memory of {name} could not be measured: {done.stderr.strip().splitlines()[-1]}")
+            raise ValueError(f"The memory of {name} could not be measured: see its error above.")
         peaks[name] = json.loads(done.stdout.splitlines()[-1])
     labelled, unlabelled = args.sizes
     rows = [f"### Peak memory of the step: {labelled} labelled, {unlabelled} strong and {unlabelled} weak images\n"]
