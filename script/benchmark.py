@@ -135,21 +135,21 @@ def data(args):
         pixel_exact, fast = ours(), ours("--data-backend", "fast")
         baseline, finish = published.PillowToFloat(args.input_size), fast.finish(0, torch.device("cpu"))
         files = [Path(folder, "train", pixel_exact.samples.source.path(i)) for i in range(args.photos)]
-        batches = {
-            "published": lambda: [baseline(file) for file in files],
-            "ours, pixel-exact": lambda: [pixel_exact[i] for i in range(args.photos)],
-            "ours, uint8": lambda: [fast[i] for i in range(args.photos)],
+        makers = {
+            "published": lambda: default_collate([baseline(file) for file in files]),
+            "ours, pixel-exact": lambda: default_collate([pixel_exact[i] for i in range(args.photos)]),
+            "ours, uint8": lambda: default_collate([fast[i] for i in range(args.photos)]),
+            "ours, float": lambda: finish(makers["ours, uint8"]()),
         }
 
         def batch_of(name, rounds):
             utils.seed_everything(next(rounds))  # the same crops and augmentations for all, others every round
-            return default_collate(batches[name]())
+            return makers[name]()
 
-        calls = {name: partial(batch_of, name, count()) for name in batches}
-        calls["ours, float"] = lambda rounds=count(): finish(batch_of("ours, uint8", rounds))
         theirs, mine = (batch_of(name, count()) for name in ("published", "ours, pixel-exact"))
         if not all(a.equal(b) for a, b in zip(theirs, mine)):
             raise ValueError("The published views and those of --data-backend pil differ: mend transforms.py.")
+        calls = {name: partial(batch_of, name, count()) for name in makers}
         lines = [
             Line("`fast`, uint8 out", "published", "ours, uint8", 1.9),
             Line("`fast`, float out", "published", "ours, float", 1.7),
