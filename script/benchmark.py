@@ -243,7 +243,7 @@ PARTS = {
     "memory": memory,
 }
 FULL = dict(model="Semiformer_small_patch16", input_size=224, rounds=10, warmup=2, batch=32, photos=16, classes=1000)
-QUICK = dict(model="Semiformer_micro_patch16", input_size=48, rounds=2, warmup=1, batch=4, photos=2, classes=10)
+QUICK = dict(model="Semiformer_micro_patch16", input_size=32, rounds=2, warmup=1, batch=4, photos=2, classes=10)
 
 
 def settled(args):
