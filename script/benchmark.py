@@ -86,9 +86,10 @@ def train(args):
 
 def evaluation(args):
     """Forward passes of an evaluation batch, ours with BatchNorm folded into the convolutions and channels_last."""
-    model, images = network(args).eval(), batch(args, args.batch, 0)[0][0]
+    model, images = network(args), batch(args, args.batch, 0)[0][0]
     with torch.no_grad():
-        model(images)
+        model(images)  # in train mode: statistics of these images, as after training
+    model.eval()
     networks = {"published": published.as_published(model), "ours": models.folded(model)}
     networks |= {lever: published.as_published(model, (lever,)) for lever in (*published.PARTS, "channels_last")}
     networks |= {"bf16": networks["published"], "folded": models.folded(networks["published"])}
@@ -289,19 +290,23 @@ def get_parser():
     return parser
 
 
+def report(args):
+    """The Markdown of the part that was asked for, or of all."""
+    chosen = PARTS.values() if args.part == "all" else [PARTS[args.part]]
+    return "\n\n".join([machine(args), prove(args), *(part(args) for part in chosen)])
+
+
 def main():
     """Prove, measure, report."""
     args = get_parser().parse_args()
     try:
         args = settled(args)
-        if args.variant:
-            return print(peak_of(args, VARIANTS[args.variant]))
-        chosen = PARTS.values() if args.part == "all" else [PARTS[args.part]]
-        text = "\n\n".join([machine(args), prove(args), *(part(args) for part in chosen)]) + "\n"
+        text = str(peak_of(args, VARIANTS[args.variant])) if args.variant else report(args)
         if args.output is None:
-            return print(text)
-        with utils.writing(args.output), args.output.open("a", encoding="utf-8") as file:
-            file.write(f"\n{text}")
+            print(text)
+        else:
+            with utils.writing(args.output), args.output.open("a", encoding="utf-8") as file:
+                file.write(f"\n{text}\n")
     except (ValueError, OSError) as error:
         sys.exit(f"benchmark.py: error: {error}")
 

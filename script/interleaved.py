@@ -20,15 +20,16 @@ class Line(NamedTuple):
     at_least: float | None = None
 
 
-def clock(call, device):
-    """Seconds of a call, the device's work included."""
+def clock(call, device, strict=False):
+    """Seconds of a call, the device's work included; `strict`: RuntimeError where it waits for a GPU."""
     if device.type != "cuda":
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
-    call()
+    with no_synchronisation() if strict else nullcontext():
+        call()
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1000
@@ -52,9 +53,7 @@ def measure(calls, rounds, warmup, device):
     seconds = {name: [] for name in calls}
     for i in range(warmup + rounds):
         for name, call in calls.items():
-            strict = device.type == "cuda" and i >= warmup and name.startswith("ours")
-            with no_synchronisation() if strict else nullcontext():
-                took = clock(call, device)
+            took = clock(call, device, strict=i >= warmup and name.startswith("ours"))
             if i >= warmup:
                 seconds[name].append(took)
     return seconds

@@ -78,9 +78,9 @@ def _never(policy, conv, trans):
 @pytest.mark.parametrize(
     "owner, name, mutant, words",
     [
-        (published.ExplicitAttention, "forward", _sharper, "logits differ"),
-        (published.ConvThenPool, "forward", _max_pool, "logits differ"),
-        (published.ConvOnMap, "forward", _transposed, "logits differ"),
+        (published.ExplicitAttention, "forward", _sharper, "loss parts differ"),
+        (published.ConvThenPool, "forward", _max_pool, "loss parts differ"),
+        (published.ConvOnMap, "forward", _transposed, "loss parts differ"),
         (published, "objective", lambda *given: [2 * x if torch.is_tensor(x) else x for x in objective(*given)],
          "gradients differ"),
         (published, "adamw", _no_decay, "parameters and statistics differ"),
@@ -118,7 +118,7 @@ def test_calls_go_in_turn_and_the_warm_up_does_not_count():
 
 def test_a_line_has_medians_quartiles_ratio_and_images_a_second(quick, monkeypatch):
     took = {"old": iter([9, 0.1, 0.3, 0.2, 0.4, 0.5]), "new": iter([9, 0.1, 0.1, 0.15, 0.1, 0.1])}
-    monkeypatch.setattr(interleaved, "clock", lambda call, device: next(took[call()]))
+    monkeypatch.setattr(interleaved, "clock", lambda call, *_, **__: next(took[call()]))
     quick.rounds = 5
     calls = {"published": lambda: "old", "ours": lambda: "new"}
     lines = [interleaved.Line("x", "published", "ours", 1.5), interleaved.Line("y", "published", "ours bf16", 2)]
