@@ -146,16 +146,12 @@ def select_targets(conv_logits, trans_logits, policy, threshold, temperature=1.0
     if policy in MERGES:
         probability, target = MERGES[policy](conv, trans).max(-1)
         return target, (probability >= threshold).to(at_least)
-    threshold = torch.tensor(threshold, dtype=at_least).item()  # rounded as torch rounds it to compare
-    (conv_prob, conv_class), (trans_prob, trans_class) = conv.softmax(-1).max(-1), trans.softmax(-1).max(-1)
-    targets, weights = [], []
+    streams = [logits.softmax(-1).max(-1) for logits in (conv, trans)]
+    targets, weights = torch.zeros_like(streams[0].indices), torch.zeros_like(streams[0].values)
     for i in range(len(conv)):
-        c_prob, t_prob = conv_prob[i].item(), trans_prob[i].item()
-        said = (conv_class[i].item(), c_prob, c_prob >= threshold), (trans_class[i].item(), t_prob, t_prob >= threshold)
-        target, weight = arbitrate(policy, *said)
-        targets.append(target)
-        weights.append(weight)
-    return torch.tensor(targets, device=conv.device), torch.tensor(weights, dtype=at_least, device=conv.device)
+        said = [(cls[i].item(), prob[i].item(), (prob[i] >= threshold).item()) for prob, cls in streams]
+        targets[i], weights[i] = arbitrate(policy, *said)
+    return targets, weights
 
 
 def train_step(model, optimizer, ema, labelled, unlabelled, recipe, autocast):
