@@ -35,6 +35,7 @@ from samplers import training_order
 from starts import apply_starts, start_files
 from utils import say
 
+
 def _mixup(args, num_classes):
     if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
         return None

@@ -39,17 +39,21 @@ def folded(network):
     return copy
 
 
-def _freeze_in_backward(norm, _inputs):
-    # A compiled graph has the update once anyway.
-    if not torch.compiler.is_compiling():
-        norm.track_running_stats = torch._C._current_graph_task_id() == -1
+def _update_once(norm, _inputs):
+    # Set every time: a recomputation stops as soon as it has what backward asked for, maybe inside this module. A
+    # compiled graph holds one update anyway.
+    again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    norm.momentum = 0.0 if again else norm.usual_momentum
+    if again:
+        norm.num_batches_tracked -= 1
 
 
 def update_statistics_once(network):
     """Keep BatchNorm's running statistics from a second update where backward computes activations again."""
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.register_forward_pre_hook(_freeze_in_backward)
+            module.usual_momentum = module.momentum
+            module.register_forward_pre_hook(_update_once)
 
 
 def recomputed(function, *inputs):

@@ -30,7 +30,7 @@ from fashion import fashion, write_idx  # noqa: E402
 LABELS, VALIDATION = 100, 2000
 COMMON = """--data-set FASHION --input-size 64 --warmup-epochs 0 --mixup 0 --cutmix 0
     --no-repeated-aug --smoothing 0 --drop-path 0 --num_workers 0"""
-LENGTH = "--epochs 40 --steps-per-epoch 40 --evaluate-freq 10 --no-model-ema"
+LENGTH = "--epochs 40 --steps-per-epoch 30 --evaluate-freq 10 --no-model-ema"
 SUPERVISED = "--supervise-only --batch-size 8"
 SEMI = "--batch-size 32 --mu 0.25 --threshold 0.9 --semi-lambda 1"
 NETWORKS = {  # within 20 % of one another in parameters
