@@ -1,7 +1,7 @@
 """The step, the epoch and the evaluation against the published numbers and obvious slow versions."""
 
 import argparse
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -18,7 +18,7 @@ import optimization
 from checkpoint import TrainState
 from engine import evaluate, evaluating, train_one_epoch, train_step
 from losses import Recipe
-from models import build_model
+from models import build_model, folded
 from options import get_args_parser
 
 torch.set_num_threads(2)
@@ -293,3 +293,91 @@ def test_precision_follows_the_device_and_the_flag():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="--amp fp16 needs a CUDA GPU, and --device is cpu"):
         optimization.mixed_precision("fp16", cpu)
+
+
+def train_on(data, accum_iter, steps):
+    """Weights, EMA and meters after an epoch of a DeiT in float64, whose batches do not depend on one another."""
+    torch.manual_seed(0)
+    model = build_model("deit_tiny_patch16_224", 4, 32, depth=1).double()
+    state = state_of(model, "--warmup-epochs", "0")
+    labelled, unlabelled = zip(*data)
+    recipe = Recipe(threshold=0.4, semi_lambda=4.0)
+    meters = train_one_epoch(state, model, model, labelled, unlabelled, recipe, epoch=0, steps=steps,
+                             autocast=nullcontext, clip_grad=1.0, accum_iter=accum_iter)  # fmt: skip
+    return [*model.state_dict().values(), *state.ema.module.state_dict().values()], meters
+
+
+def test_accumulated_batches_are_one_large_batch_and_the_last_group_is_what_is_left():
+    g = torch.Generator().manual_seed(0)
+
+    def views(n):
+        return torch.randn(n, 3, 32, 32, generator=g, dtype=torch.float64)
+
+    def whole(parts):
+        return tuple(torch.cat(tensors) for tensors in zip(*parts))
+
+    small = [((views(2), torch.randint(4, (2,), generator=g)), (views(3), views(3), torch.zeros(3))) for _ in range(5)]
+    groups = small[:3], small[3:]
+    large = [(whole([x for x, _ in group]), whole([x for _, x in group])) for group in groups]
+    ours, meters = train_on(small, accum_iter=3, steps=5)
+    reference, _ = train_on(large, accum_iter=1, steps=2)
+    alone, _ = train_on(small, accum_iter=1, steps=5)
+    assert 0 < meters["mask_rate"] < 1
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(ours, reference))
+    assert not all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(ours, alone))
+
+
+def test_ranks_exchange_gradients_once_a_group():
+    model, inside, backward = Linear(), [], []
+
+    class Wrapped:
+        def train(self):
+            model.train()
+
+        def __call__(self, x, ret_feat=False):
+            return model(x, ret_feat)
+
+        @contextmanager
+        def no_sync(self):
+            inside.append(None)
+            yield
+            inside.clear()
+
+    model.heads[0].weight.register_hook(lambda _: backward.append(not inside))
+    data = [labelled for labelled, _ in batches(5)]
+    train_one_epoch(state_of(model), Wrapped(), model, data, None, Recipe(), epoch=0, steps=5,
+                    autocast=nullcontext, accum_iter=3)  # fmt: skip
+    assert backward == [False, False, True, False, True]
+
+
+def test_a_compiled_network_has_a_graph_to_train_and_one_to_label_in_the_whole_run():
+    """A warm-up, short groups and evaluations with a short batch make no third one, nor does the consistency loss."""
+    counters = torch._dynamo.utils.counters["stats"]
+    torch._dynamo.reset()
+    model = build_model("Semiformer_micro_patch16", 4, 32)
+    state = state_of(model)
+    model.compile(backend="eager")
+    recipe = Recipe(threshold=0.26, dual_consistency=True, semi_start_epoch=1, consistency_start_epoch=2)
+    before, graphs = counters["unique_graphs"], []
+    for epoch in range(3):
+        labelled = [(torch.randn(n, 3, 32, 32), torch.randint(4, (n,))) for n in [6 if epoch == 0 else 2] * 3]
+        unlabelled = [(torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32), torch.zeros(4)) for _ in range(3)]
+        train_one_epoch(state, model, model, labelled, unlabelled if epoch else None, recipe, epoch=epoch, steps=3,
+                        autocast=nullcontext, accum_iter=2)  # fmt: skip
+        for network in (model, state.ema.module):
+            evaluate(folded(network), [labelled[0], (labelled[0][0][:1], labelled[0][1][:1])], autocast=nullcontext)
+        graphs.append(counters["unique_graphs"] - before)
+    assert graphs == [1, 2, 2]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_step_never_waits_for_the_gpu():
+    model = build_model("Semiformer_micro_patch16", 4, 32).cuda()
+    state, recipe = state_of(model), Recipe(dual_consistency=True)
+    labelled = torch.randn(2, 3, 32, 32, device="cuda"), torch.tensor([0, 1], device="cuda")
+    unlabelled = *torch.randn(2, 4, 3, 32, 32, device="cuda"), torch.zeros(4, device="cuda")
+    autocast = partial(torch.autocast, "cuda", torch.bfloat16)
+    for _ in range(2):  # the first makes the optimizer's state
+        train_step(state, model, model, labelled, unlabelled, recipe, autocast=autocast, consistent=True, clip_grad=1.0)
+        torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")

@@ -379,6 +379,26 @@ def initial_weight(args):
     return next(run.state.model.parameters()).flatten()[0].item()
 
 
+def block_runs(args):
+    """How often a block of the network is run in train mode by a step: by the four layers, again in backward."""
+    run, runs = started(args), []
+    for name in ("layer1", "layer2", "layer3", "layer4"):
+        getattr(run.state.model, name)[0].register_forward_pre_hook(
+            lambda m, _: runs.append(None) if m.training else None
+        )
+    with redirect_stdout(io.StringIO()):
+        run.train_epoch(0)
+    return len(runs)
+
+
+def optimizer_steps(args):
+    run, count = started(args), []
+    run.state.optimizer.register_step_post_hook(lambda *_: count.append(None))
+    with redirect_stdout(io.StringIO()):
+        run.train_epoch(0)
+    return len(count)
+
+
 def first_rate(args):
     return started(args).state.optimizer.param_groups[0]["lr"]
 
@@ -524,6 +544,7 @@ FLAGS = {
     # length and pace
     "--batch-size": Row("printed line", "4", "6", described("semi-supervised"), (plan(2, 2), plan(3, 3)), TINY),
     "--epochs": Row("file", "1", "2", epochs_logged, ([0], [0, 1]), SAVED),
+    "--accum-iter": Row("step", "1", "3", optimizer_steps, (4, 2), TINY + " --steps-per-epoch 4"),
     "--steps-per-epoch": Row(
         "printed line", "0", "7", described("semi-supervised"), (plan(2, 2, steps=2), plan(2, 2, steps=7)), TINY
     ),
@@ -756,6 +777,10 @@ FLAGS = {
         ("cpu", "--device cuda, but PyTorch sees no CUDA GPU here: pass --device cpu."),
     ),
     "--amp": Row("precision", "bf16", "fp16", precision_on_gpu, ((torch.bfloat16, False), (torch.float16, True))),
+    "--compile": Row(
+        "network", None, "", lambda args: started(args).state.model._compiled_call_impl is not None, (False, True), TINY
+    ),
+    "--grad-checkpointing": Row("step", None, "", block_runs, (4, 8), TINY),
     "--no-amp": Row("precision", None, "", precision_on_gpu, ((torch.bfloat16, False), ("off", False))),
     "--use-native-amp": Row(
         "precision",

@@ -1,5 +1,7 @@
 """The networks: published keys, published numbers, gradients everywhere."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import timm
@@ -8,7 +10,7 @@ from reference import fill, images, load
 from torch.nn import functional as F
 
 import models
-from models import build_model
+from models import build_model, folded, save_memory
 from models.blocks import ConvBlock, FCUDown
 
 STATE_DICTS = load("state_dict.json")
@@ -188,3 +190,53 @@ def test_a_size_that_does_not_divide_is_named():
         models.build_model("Semiformer_tiny_patch16", 3, depth=3)(torch.zeros(1, 3, 50, 50))
     with pytest.raises(ValueError, match="No weights are hosted"):
         timm.create_model("Semiformer_tiny_patch16", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    "name,left",
+    [("Semiformer_micro_patch16", 0), ("Conformer_tiny_patch16", 0), ("conv_micro", 1), ("deit_tiny_patch16_224", 0)],
+)
+def test_folded_batchnorms_are_the_same_function_on_a_copy(name, left):
+    """conv_micro keeps that of its stem."""
+    model = fill(build_model(name, 10, 64), 7).train()
+    batch = images(107, size=64)
+    model(batch)  # running statistics that are not 0 and 1
+    copy = folded(model)
+    assert model.training and not copy.training
+    assert sum(isinstance(module, torch.nn.BatchNorm2d) for module in copy.modules()) == left
+    with torch.no_grad():
+        for ours, reference in zip(copy(batch), model.eval()(batch)):
+            assert close(ours, reference.numpy())
+
+
+@pytest.mark.parametrize("name", ["Semiformer_micro_patch16", "conv_micro", "myresnet50", "deit_tiny_patch16_224",
+                                  "mobilenetv2_035"])  # fmt: skip
+def test_activations_computed_again_leave_gradients_and_statistics_as_they_were(name):
+    """mobilenetv2's blocks end with a BatchNorm, inside which a recomputation stops."""
+    torch.manual_seed(0)
+    plain = build_model(name, 10, 32).double().train()
+    saving = deepcopy(plain)
+    save_memory(saving)
+    batch, kept = torch.randn(4, 3, 32, 32, dtype=torch.float64), {}
+    for model in (plain, saving):
+        saved = []
+
+        def pack(tensor, saved=saved):
+            saved.append(tensor.nbytes)
+            return tensor
+
+        for _ in range(2):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                loss = sum((logits**2).mean() for logits in model(batch))
+            loss.backward()
+        kept[model] = sum(saved)
+    assert kept[saving] < 0.9 * kept[plain]
+    for ours, reference in zip(saving.parameters(), plain.parameters()):
+        assert torch.equal(ours.grad, reference.grad)
+    for ours, reference in zip(saving.buffers(), plain.buffers()):
+        assert torch.equal(ours, reference)
+
+
+def test_a_network_without_blocks_cannot_compute_again():
+    with pytest.raises(ValueError, match="^--grad-checkpointing: VGG has no blocks to compute again; leave it out."):
+        save_memory(build_model("vgg11", 10, 32))

@@ -12,7 +12,15 @@ from options import boolean, check, get_args_parser, labelled_and_unlabelled, re
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "flags.json").read_text())["semi_main"]
 NO_EFFECT = ("--opt-level", "--cross-attn", "--cnn2trans", "--trans2cnn", "--resplit")
 KEPT = [row for row in PUBLISHED if row["flags"][0] not in NO_EFFECT]
-NEW = {"--amp", "--max-bad-images", "--steps-per-epoch", "--unlabelled-path"}
+NEW = {
+    "--accum-iter",
+    "--amp",
+    "--compile",
+    "--grad-checkpointing",
+    "--max-bad-images",
+    "--steps-per-epoch",
+    "--unlabelled-path",
+}
 SEMI = "--data-set SEMI-IMNET "
 SCRIPT = SEMI + "--batch-size 108 --mu 0.125 --mixup 0 --cutmix 0 --threshold 0.7 --semi-lambda 4"
 
@@ -48,7 +56,7 @@ def test_published_flag_is_kept(row):
     assert type(ours["default"]) is type(expected["default"])
 
 
-def test_no_flag_is_missing_and_only_four_are_new():
+def test_no_flag_is_missing_and_the_new_ones_are_named():
     published = {flag for row in PUBLISHED for flag in row["flags"]}
     assert set(actions()) - published == NEW
     assert published <= set(actions())
@@ -58,6 +66,7 @@ def test_new_flags():
     args = parse()
     assert (args.amp, args.steps_per_epoch, args.unlabelled_path) == (None, 0, "")
     assert (args.max_bad_images, parse("--max-bad-images 3").max_bad_images) == (0.001, 3)
+    assert (args.accum_iter, args.compile, args.grad_checkpointing) == (1, False, False)
     assert parse("--steps-per-epoch 7").steps_per_epoch == 7
     assert list(actions()["--amp"].choices) == ["auto", "off", "fp16", "bf16"]
 
@@ -65,6 +74,7 @@ def test_new_flags():
 def test_defaults_of_a_namespace_are_the_published_ones():
     expected = {row["dest"]: row["default"] for row in KEPT}
     expected |= {"amp": None, "max_bad_images": 0.001, "steps_per_epoch": 0, "unlabelled_path": ""}
+    expected |= {"accum_iter": 1, "compile": False, "grad_checkpointing": False}
     expected |= {"device": "cuda" if torch.cuda.is_available() else "cpu"}
     assert vars(parse()) == expected
 
