@@ -1,6 +1,8 @@
 """Pseudo-labels: the published numbers, an obvious slow version of every policy, what the truth may do."""
 
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from pseudo_labels import POLICIES, diagnostics, pseudo_label, select_targets
 
+sys.path.append(str(Path(__file__).parents[1] / "script"))
+arbitrate = importlib.import_module("published_formulation").arbitrate
 DATA = Path(__file__).parent / "data"
 NAMES = [
     "cnn",
@@ -70,8 +74,6 @@ def slow_image(policy, conv_logits, trans_logits, threshold, temperature):
     threshold = torch.tensor(threshold, dtype=conv_logits.dtype).item()
     c_class, c_prob = read(soften(conv_logits))
     t_class, t_prob = read(soften(trans_logits))
-    c_sure, t_sure = c_prob >= threshold, t_prob >= threshold
-    larger = c_class if c_prob > t_prob else t_class
 
     if policy in ("cnn", "transformer", "fuse", "softmax_fuse"):
         if policy == "cnn":
@@ -84,28 +86,7 @@ def slow_image(policy, conv_logits, trans_logits, threshold, temperature):
             target, prob = read((soften(conv_logits) + soften(trans_logits)) / 2)
         return target, 1.0 if prob >= threshold else 0.0
 
-    if not c_sure and (not t_sure or policy in ("Vote_larger2", "Vote_equal2")):
-        return 0, 0.0
-    both = c_sure and t_sure
-    if policy.startswith("Vote"):
-        if not both:
-            return (c_class if c_sure else t_class), 1.0
-        if policy in ("Vote_equal", "Vote_equal2"):
-            return (c_class, 1.0) if c_class == t_class else (0, 0.0)
-        return (c_class if policy == "Vote_cnnBias" else larger), 1.0
-
-    version = int(policy[-1])
-    if version <= 4:
-        if both:
-            return (c_class, 1.0) if c_class == t_class else (larger, 0.5)
-        if c_sure:
-            return c_class, 1.0 if version in (1, 2) else 0.5
-        return (t_class, 0.5) if version in (2, 4) else (0, 0.0)
-    if both:
-        return c_class, 1.0 if c_class == t_class else 0.5
-    if c_sure:
-        return c_class, 0.5 if version == 5 else 1.0
-    return 0, 0.0
+    return arbitrate(policy, (c_class, c_prob, c_prob >= threshold), (t_class, t_prob, t_prob >= threshold))
 
 
 def edges():

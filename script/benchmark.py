@@ -1,0 +1,315 @@
+"""Time and memory of this code against the published formulation, on this machine, as Markdown.
+
+    python script/benchmark.py [train|eval|data|policies|optimizer|memory|all] [--quick] [--output FILE.md]
+
+published_formulation.py differs from ours by the named levers alone: a proof in float64 comes first, and the run ends
+where they do not compute the same. All variants of a table are called in turn, round after round, after warm-up
+rounds; a line has the medians (and quartiles), their ratio, and what the ratio shall be at least. bf16 is measured
+where the CPU has avx512_bf16, and on CUDA.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import PIL
+import published_formulation as published
+import torch
+from interleaved import Line, profiled, table
+from PIL import Image
+from timm.utils import ModelEmaV3
+from torch.utils.data import default_collate
+from variants import DECAY, VARIANTS, batch, flags, has_bf16, network, prove, scattered, step_of
+
+import models
+import optimization
+import utils
+from datasets import build_training_sets
+from pseudo_labels import POLICIES, select_targets
+
+TRAIN = [
+    Line("fp32", "published fp32", "ours fp32", 1.20),
+    Line("bf16", "published fp32", "ours bf16", 1.85),
+    Line("bf16 `--compile`", "published fp32", "ours bf16 --compile", 2.4),
+    Line("bf16, both", "published bf16", "ours bf16"),
+    Line("bf16, both, ours `--compile`", "published bf16", "ours bf16 --compile"),
+]
+ALONE = [
+    Line(f"{name} alone", "published fp32", name)
+    for name in ("pool first", "channels_last", "SDPA", "bf16", "compile", "fused AdamW", "foreach EMA")
+]
+MEMORY = {  # variant: its peak as a share of published fp32, at most
+    "published fp32": 1.0,
+    "ours fp32": 0.92,
+    "ours bf16": 0.70,
+    "ours fp32 --grad-checkpointing": 0.62,
+    "ours bf16 --grad-checkpointing": 0.52,
+}
+
+
+# -------------------------------------------------------------------------------- the parts
+
+
+def _calls(lines, make, args):
+    """{name: make(name)} of all calls the lines name, without those in bf16 where it is not run."""
+    names = dict.fromkeys(name for line in lines for name in (line.published, line.ours))
+    return {name: make(name) for name in names if "bf16" not in name or has_bf16(args.device)}
+
+
+def train(args):
+    """The training step, then every lever alone in the published one; on CUDA with images a second."""
+    labelled, unlabelled = args.sizes
+    head = f"### Training step: {labelled} labelled, {unlabelled} strong and {unlabelled} weak images\n\n"
+    lines = [line for line in TRAIN if args.device.type == "cpu" or line.published == "published bf16"]
+    tables = []
+    for each in (lines, ALONE):
+        calls = _calls(each, lambda name: step_of(args, VARIANTS[name])[0], args)
+        tables.append(table(each, calls, args, images=labelled + unlabelled))
+        if args.profile and each is lines:
+            profiles = [f"{name}:\n\n{profiled(call, args)}" for name, call in calls.items()]
+        calls.clear()  # every variant holds its own weights, gradients, moments and average
+        gc.collect()
+    text = head + "\n\nEvery lever alone, in the published step:\n\n".join(tables)
+    return "\n\n".join([text, *profiles]) if args.profile else text
+
+
+def evaluation(args):
+    """Forward passes of an evaluation batch, ours with BatchNorm folded into the convolutions and channels_last."""
+    model, images = network(args), batch(args, args.batch, 0)[0][0]
+    with torch.no_grad():
+        model(images)  # in train mode: statistics of these images, as after training
+    model.eval()
+    networks = {"published": published.as_published(model), "ours": models.folded(model)}
+    networks |= {lever: published.as_published(model, (lever,)) for lever in (*published.PARTS, "channels_last")}
+    networks |= {"bf16": networks["published"], "folded": models.folded(networks["published"])}
+
+    def make(name):
+        autocast, _, _ = optimization.mixed_precision("bf16" if "bf16" in name else "off", args.device)
+        chosen = networks[name.removesuffix(" bf16").removesuffix(" fp32")]
+
+        @torch.no_grad()
+        def forward():
+            with autocast():
+                return chosen(images)
+
+        return forward
+
+    lines = [Line("fp32", "published fp32", "ours fp32", 1.7), Line("bf16", "published fp32", "ours bf16", 3.3)]
+    lines += [Line("bf16, both", "published bf16", "ours bf16")]
+    lines += [Line(f"{name} alone", "published fp32", name) for name in list(networks)[2:]]
+    head = f"### Evaluation: a batch of {args.batch} images\n\n"
+    return head + table(lines, _calls(lines, make, args), args, images=args.batch)
+
+
+def photo(path, seed):
+    """Write a 500 x 375 JPEG of quality 90: smooth gradients and noise, as compressible as a photograph."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize((500, 375), Image.BICUBIC)
+    noisy = np.asarray(coarse, dtype=float) + rng.normal(0, 8, (375, 500, 3))
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+
+
+def data(args):
+    """Strong and weak view of a JPEG on one core; published and the default backend make equal pixels, as checked."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(args.photos):
+            Path(folder, "train", f"class{i % 2}").mkdir(parents=True, exist_ok=True)
+            photo(Path(folder, "train", f"class{i % 2}", f"{i}.jpg"), i)
+        words = ["--data-set", "SEMI-IMNET", "--data-path", folder, "--input-size", args.input_size]
+
+        def ours(*more):
+            return build_training_sets(flags(*words, *more), semi_supervised=True)[1]
+
+        pixel_exact, fast = ours(), ours("--data-backend", "fast")
+        baseline, finish = published.PillowToFloat(args.input_size), fast.finish(0, torch.device("cpu"))
+        files = [Path(folder, "train", pixel_exact.samples.source.path(i)) for i in range(args.photos)]
+        makers = {
+            "published": lambda: default_collate([baseline(file) for file in files]),
+            "ours, pixel-exact": lambda: default_collate([pixel_exact[i] for i in range(args.photos)]),
+            "ours, uint8": lambda: default_collate([fast[i] for i in range(args.photos)]),
+            "ours, float": lambda: finish(makers["ours, uint8"]()),
+        }
+
+        def batch_of(name, rounds):
+            utils.seed_everything(next(rounds))  # the same crops and augmentations for all, others every round
+            return makers[name]()
+
+        theirs, mine = (batch_of(name, count()) for name in ("published", "ours, pixel-exact"))
+        if not all(a.equal(b) for a, b in zip(theirs, mine)):
+            raise ValueError("The published views and those of --data-backend pil differ: mend transforms.py.")
+        calls = {name: partial(batch_of, name, count()) for name in makers}
+        lines = [
+            Line("`fast`, uint8 out", "published", "ours, uint8", 1.9),
+            Line("`fast`, float out", "published", "ours, float", 1.7),
+            Line("`pil`, the default: equal pixels", "published", "ours, pixel-exact", 1.0),
+        ]
+        text = table(lines, calls, args, images=args.photos)
+    torch.set_num_threads(threads)
+    return f"### Strong and weak view of {args.photos} JPEGs of 500 x 375, one core\n\n" + text
+
+
+def policies(args):
+    """Pseudo-labels of 95 images by every Vote and weight policy."""
+    logits, names = scattered(args), [name for name in POLICIES if name.startswith(("Vote", "weight"))]
+    calls = {f"published {name}": partial(published.select_targets, *logits, name, 0.7, 1.0) for name in names}
+    calls |= {f"ours {name}": partial(select_targets, *logits, name, 0.7, 1.0) for name in names}
+    lines = [Line(f"`{name}`", f"published {name}", f"ours {name}", 5) for name in names]
+    return f"### Policies, {len(logits[0])} x {args.classes} logits\n\n" + table(lines, calls, args, times=10)
+
+
+def optimizer(args):
+    """A step of AdamW and an update of the moving average, on the real parameters with random gradients."""
+    given, model = flags("--opt", "adamw", "--lr", "1e-3"), network(args)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter) * 1e-3
+    calls = {
+        "published AdamW": published.adamw(given, model).step,
+        "ours AdamW": optimization.build_optimizer(given, model).step,
+        "published EMA": partial(published.PerTensorEma(model, DECAY).update, model),
+        "ours EMA": partial(ModelEmaV3(model, decay=DECAY).update, model),
+    }
+    lines = [Line("AdamW", "published AdamW", "ours AdamW", 2.3), Line("EMA", "published EMA", "ours EMA", 2.2)]
+    size = sum(p.numel() for p in model.parameters())
+    return f"### Optimizer and moving average, {size:,} parameters\n\n" + table(lines, calls, args, times=3)
+
+
+def peak_of(args, variant):
+    """Peak bytes of the second step, all that the process holds for training included; call it in a fresh process."""
+
+    def resident(field):
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024
+
+    before = resident("VmRSS")
+    step = step_of(args, variant)[0]
+    step()
+    if args.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    step()
+    return resident("VmHWM") - before
+
+
+def memory(args):
+    """Peak memory of a step, every variant in a process of its own."""
+    peaks = {}
+    # Without it malloc keeps what the first step freed; with it every tensor above 64 KB goes back to the system.
+    words = ["--device", str(args.device), "--model", args.model, "--input-size", str(args.input_size)]
+    words += ["--threads", str(args.threads)] + ["--quick"] * args.quick
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    for name in MEMORY:
+        if "bf16" in name and not has_bf16(args.device):
+            continue
+        command = [sys.executable, __file__, "memory", *words, "--variant", name]
+        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise ValueError(f"The memory of {name} could not be measured: see its error above.")
+        peaks[name] = json.loads(done.stdout.splitlines()[-1])
+    labelled, unlabelled = args.sizes
+    rows = [f"### Peak memory of the step: {labelled} labelled, {unlabelled} strong and {unlabelled} weak images\n"]
+    rows += ["| | MB | of published fp32 | at most |", "|---|---|---|---|"]
+    for name, most in MEMORY.items():
+        if name in peaks:
+            rows.append(
+                f"| {name} | {peaks[name] / 2**20:.0f} | **{peaks[name] / peaks['published fp32']:.2f}** | {most} |"
+            )
+        else:
+            rows.append(f"| {name} | not run: no avx512_bf16 | | {most} |")
+    return "\n".join(rows)
+
+
+# -------------------------------------------------------------------------------- the report
+
+PARTS = {
+    "train": train,
+    "eval": evaluation,
+    "data": data,
+    "policies": policies,
+    "optimizer": optimizer,
+    "memory": memory,
+}
+FULL = dict(model="Semiformer_small_patch16", input_size=224, rounds=10, warmup=2, batch=32, photos=16, classes=1000)
+QUICK = dict(model="Semiformer_micro_patch16", input_size=32, rounds=2, warmup=1, batch=4, photos=2, classes=10)
+
+
+def settled(args):
+    """The arguments with every default filled in. Raises ValueError where the device is not there."""
+    for name, value in (QUICK if args.quick else FULL).items():
+        setattr(args, name, getattr(args, name, None) or value)
+    args.device = utils.init_distributed(args.device)
+    args.backend = "eager" if args.quick else "inductor"  # inductor takes minutes to compile
+    args.sizes = (1, 7) if args.device.type == "cpu" else (13, 95)
+    torch.set_num_threads(args.threads)
+    return args
+
+
+def machine(args):
+    """The machine, the versions and the settings of the run, as a sentence or two."""
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    model = re.search(r"model name\s*: (.*)", text)
+    env, bf16 = utils.environment(), "with" if "avx512_bf16" in text else "without"
+    gpu = f", {env['gpu']}" if args.device.type == "cuda" else ""
+    versions = ", ".join(f"{name} {env[name]}" for name in ("python", "torch", "torchvision", "timm"))
+    return (
+        f"{date.today()}, {model[1] if model else platform.processor()}, {os.cpu_count()} cores {bf16} avx512_bf16"
+        f"{gpu}; {args.threads} threads, load {os.getloadavg()[0]:.1f} at the start; {versions}, Pillow "
+        f"{PIL.__version__}; revision {env['revision']}. {args.model}, {args.input_size} px, {args.rounds} rounds "
+        f"after {args.warmup} of warm-up; medians (quartiles)."
+        + (" `--quick`: times mean nothing." if args.quick else "")
+    )
+
+
+def get_parser():
+    """The flags of this program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", default="all", choices=[*PARTS, "all"], help="what to measure")
+    parser.add_argument("--quick", action="store_true", help="tiny network, two rounds: does it run?")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--model", help=f"two-stream network (default: {FULL['model']})")
+    parser.add_argument("--input-size", type=int, help="side in pixels (default: 224)")
+    parser.add_argument("--rounds", type=int, help="rounds that count (default: 10; of small calls 10 times as many)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of all but `data`, which has one")
+    parser.add_argument("--profile", action="store_true", help="add where the time of our step goes to `train`")
+    parser.add_argument("--output", type=Path, help="append the Markdown to this file instead of printing it")
+    parser.add_argument("--variant", choices=MEMORY, help="print the peak bytes of this one (`memory` asks so)")
+    return parser
+
+
+def report(args):
+    """The Markdown of the part that was asked for, or of all."""
+    chosen = PARTS.values() if args.part == "all" else [PARTS[args.part]]
+    return "\n\n".join([machine(args), prove(args), *(part(args) for part in chosen)])
+
+
+def main():
+    """Prove, measure, report."""
+    args = get_parser().parse_args()
+    try:
+        args = settled(args)
+        text = str(peak_of(args, VARIANTS[args.variant])) if args.variant else report(args)
+        if args.output is None:
+            print(text)
+        else:
+            with utils.writing(args.output), args.output.open("a", encoding="utf-8") as file:
+                file.write(f"\n{text}\n")
+    except (ValueError, OSError) as error:
+        sys.exit(f"benchmark.py: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

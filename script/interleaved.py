@@ -1,0 +1,121 @@
+"""Calls timed in turn, round after round, so that whatever else the machine does meets all of them alike."""
+
+import gc
+import time
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+
+
+class Line(NamedTuple):
+    """A line of a table: the names of the two calls compared, and what the ratio of their times shall be at least."""
+
+    name: str
+    published: str
+    ours: str
+    at_least: float | None = None
+
+
+def clock(call, device, strict=False):
+    """Seconds of a call, the device's work included; `strict`: RuntimeError where it waits for a GPU."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    with no_synchronisation() if strict else nullcontext():
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+@contextmanager
+def no_synchronisation():
+    """On CUDA, what waits for the device raises RuntimeError inside."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def measure(calls, rounds, warmup, device):
+    """Seconds of every call in every round, {name: (rounds,)}, in turn; `warmup` rounds before are not counted.
+
+    On CUDA a call named "ours ..." that waits for the device raises RuntimeError, the warm-up aside.
+    """
+    seconds = {name: [] for name in calls}
+    for i in range(warmup + rounds):
+        for name, call in calls.items():
+            took = clock(call, device, strict=i >= warmup and name.startswith("ours"))
+            if i >= warmup:
+                seconds[name].append(took)
+    return seconds
+
+
+def table(lines, calls, args, images=None, times=1):
+    """Measure the calls, and the Markdown of the lines; a line with a call that is not there says why.
+
+    Args:
+        calls: {name: call}; args: rounds, warmup and device are read.
+        images: how many a call does; adds a column, images a second of ours.
+        times: rounds for each of `args.rounds`, for calls of milliseconds.
+    """
+    gc.collect()
+    seconds = measure(calls, args.rounds * times, args.warmup, args.device)
+
+    def milliseconds(name):
+        low, middle, high = np.percentile(seconds[name], [25, 50, 75]) * 1000
+        return f"{middle:.4g} ({low:.4g}-{high:.4g})"
+
+    rows = ["| | published, ms | ours, ms | published / ours | at least |" + (" images/s |" if images else "")]
+    rows.append("|---" * (6 if images else 5) + "|")
+    for line in lines:
+        least = f"{line.at_least:g}" if line.at_least else ""
+        if line.published not in calls or line.ours not in calls:
+            rows.append(f"| {line.name} | not run: no avx512_bf16 | | | {least} |" + (" |" if images else ""))
+            continue
+        base, own = (float(np.median(seconds[name])) for name in (line.published, line.ours))
+        cells = [line.name, milliseconds(line.published), milliseconds(line.ours), f"**{base / own:.2f}**", least]
+        rows.append(f"| {' | '.join(cells + ([f'{images / own:.4g}'] if images else []))} |")
+    return "\n".join(rows)
+
+
+def idle_share(spans):
+    """Share of the time from the first start to the last end, 0..1, in which none of the (start, end) spans runs."""
+    spans = sorted(spans)
+    busy, reached = 0.0, spans[0][0]
+    for start, end in spans:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return 1 - busy / (reached - spans[0][0])
+
+
+def profiled(call, args, steps=3, top=15):
+    """Markdown: where `steps` calls spend the device's time, the `top` first, and on CUDA the share it is idle."""
+    cuda = args.device.type == "cuda"
+    call()
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as profile:
+        for _ in range(steps):
+            call()
+        if cuda:
+            torch.cuda.synchronize()
+    events = profile.key_averages()
+    if cuda:  # an operator's own device time is that of its kernels, which are listed themselves
+        events = [event for event in events if event.device_type == DeviceType.CUDA]
+    own = {event.key: event.self_device_time_total if cuda else event.self_cpu_time_total for event in events}
+    count, whole = {event.key: event.count for event in events}, sum(own.values())
+    rows = ["| kernel | calls a step | ms a step | share |", "|---|---|---|---|"]
+    for key in sorted(own, key=own.get, reverse=True)[:top]:
+        name = key.replace("|", "/")[:80]
+        rows.append(f"| `{name}` | {count[key] / steps:.0f} | {own[key] / steps / 1000:.4g} | {own[key] / whole:.1%} |")
+    if cuda:
+        spans = [(e.time_range.start, e.time_range.end) for e in profile.events() if e.device_type == DeviceType.CUDA]
+        rows.append(f"\nThe GPU is idle {idle_share(spans):.1%} of the time.")
+    return "\n".join(rows)

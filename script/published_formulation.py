@@ -1,0 +1,210 @@
+"""The published formulation, built of our own parts: what script/benchmark.py measures ours against.
+
+Parameters, state dict, losses and the order of a step are ours; only the named levers differ. Squeeze and expand
+convolve the map (squeeze before it pools), attention is an explicit softmax, maps are NCHW, AdamW and the moving
+average go tensor by tensor, the Vote and weight policies image by image, and images from Pillow to float in the worker.
+Written from docs and spec, not from the released code.
+"""
+
+import math
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.layers import Attention
+from torch.nn import functional as F
+from torchvision import transforms as tv
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the programs that import this file, too
+
+from losses import objective  # noqa: E402
+from models.blocks import FCUDown, FCUUp  # noqa: E402
+from optimization import build_optimizer  # noqa: E402
+from transforms import _repair_posterize  # noqa: E402
+
+
+class ConvThenPool(FCUDown):
+    """Squeeze in the published order: 1x1 convolution on the full map, then the average pool."""
+
+    def forward(self, x, class_token):
+        """(N, C, H, W), (N, 1, E) -> (N, 1 + HW/s^2, E)."""
+        x = self.conv_project(x)
+        x = F.avg_pool2d(x, self.stride) if self.stride > 1 else x
+        x = x.flatten(2).transpose(1, 2)  # (N, E, H/s, W/s) -> (N, L, E)
+        return torch.cat([class_token, F.gelu(self.ln(x))], dim=1)
+
+
+class ConvOnMap(FCUUp):
+    """Expand with the 1x1 convolution on the map."""
+
+    def forward(self, tokens, grid):
+        """(N, 1 + L, E), grid (h, w) with hw = L -> (N, C, h*s, w*s)."""
+        x = tokens[:, 1:].transpose(1, 2).reshape(len(tokens), -1, *grid)  # (N, L, E) -> (N, E, h, w)
+        x = F.relu(self.bn(self.conv_project(x)))
+        return F.interpolate(x, scale_factor=self.stride, mode="nearest") if self.stride > 1 else x
+
+
+class ExplicitAttention(Attention):
+    """Attention as four operations: product with the keys, scale, softmax, product with the values."""
+
+    def forward(self, x, **_):
+        """(N, L, E) -> (N, L, E)."""
+        n, length, _ = x.shape
+        qkv = self.qkv(x).reshape(n, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)  # each (N, heads, L, E / heads)
+        attention = self.attn_drop((q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1))
+        return self.proj_drop(self.proj((attention @ v).transpose(1, 2).reshape(n, length, -1)))
+
+
+# lever: the parts of ours it consists of, and what stands in their place in the published formulation.
+PARTS = {"pool first": {FCUDown: ConvThenPool, FCUUp: ConvOnMap}, "SDPA": {Attention: ExplicitAttention}}
+
+
+def as_published(model, levers=()):
+    """A copy of a network of ours in the published formulation, but for the named levers; the state dict is the same.
+
+    Args:
+        levers: of `PARTS`, or "channels_last".
+    """
+    layout = torch.channels_last if "channels_last" in levers else torch.contiguous_format
+    model = deepcopy(model).to(memory_format=layout)
+    replaced = {ours: theirs for lever in PARTS if lever not in levers for ours, theirs in PARTS[lever].items()}
+    for module in model.modules():
+        module.__class__ = replaced.get(type(module), type(module))
+    return model
+
+
+class PerTensorEma:
+    """The moving average of everything in the state dict, one tensor after the other."""
+
+    def __init__(self, model, decay):
+        self.module, self.decay = deepcopy(model).eval(), decay
+
+    @torch.no_grad()
+    def update(self, model):
+        """average <- decay * average + (1 - decay) * model."""
+        average = self.module.state_dict()
+        for name, value in model.state_dict().items():
+            average[name].copy_(self.decay * average[name] + (1 - self.decay) * value)
+
+
+def adamw(args, model):
+    """AdamW with our flags' parameter groups, one tensor after the other."""
+    ours = build_optimizer(args, model)
+    settings = {key: ours.defaults[key] for key in ("lr", "betas", "eps")}
+    groups = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in ours.param_groups]
+    return torch.optim.AdamW(groups, **settings, foreach=False, fused=False)
+
+
+def arbitrate(policy, conv, trans):
+    """(target, weight) of one image under a Vote or weight policy: the published table, row by row.
+
+    Args:
+        conv, trans: (class, its probability, whether that reaches the threshold), of CNN and transformer.
+    """
+    (c_class, c_prob, c_sure), (t_class, t_prob, t_sure) = conv, trans
+    if not c_sure and (not t_sure or policy in ("Vote_larger2", "Vote_equal2")):
+        return 0, 0.0
+    both = c_sure and t_sure
+    larger = c_class if c_prob > t_prob else t_class
+    if policy.startswith("Vote"):
+        if not both:
+            return (c_class if c_sure else t_class), 1.0
+        if policy in ("Vote_equal", "Vote_equal2"):
+            return (c_class, 1.0) if c_class == t_class else (0, 0.0)
+        return (c_class if policy == "Vote_cnnBias" else larger), 1.0
+
+    version = int(policy[-1])
+    if version <= 4:
+        if both:
+            return (c_class, 1.0) if c_class == t_class else (larger, 0.5)
+        if c_sure:
+            return c_class, 1.0 if version in (1, 2) else 0.5
+        return (t_class, 0.5) if version in (2, 4) else (0, 0.0)
+    if both:
+        return c_class, 1.0 if c_class == t_class else 0.5
+    if c_sure:
+        return c_class, 0.5 if version == 5 else 1.0
+    return 0, 0.0
+
+
+MERGES = {  # policies of one distribution: no loop in the released code either
+    "cnn": lambda conv, trans: conv.softmax(-1),
+    "transformer": lambda conv, trans: trans.softmax(-1),
+    "fuse": lambda conv, trans: ((conv + trans) / 2).softmax(-1),
+    "softmax_fuse": lambda conv, trans: (conv.softmax(-1) + trans.softmax(-1)) / 2,
+}
+
+
+def select_targets(conv_logits, trans_logits, policy, threshold, temperature=1.0):
+    """`pseudo_labels.select_targets`, the Vote and weight policies image by image: (U, C) twice -> (U,) and (U,)."""
+    at_least = torch.promote_types(conv_logits.dtype, torch.float32)
+    conv, trans = (logits.to(at_least) / temperature for logits in (conv_logits, trans_logits))
+    if policy in MERGES:
+        probability, target = MERGES[policy](conv, trans).max(-1)
+        return target, (probability >= threshold).to(at_least)
+    streams = [logits.softmax(-1).max(-1) for logits in (conv, trans)]
+    targets, weights = torch.zeros_like(streams[0].indices), torch.zeros_like(streams[0].values)
+    for i in range(len(conv)):
+        said = [(cls[i].item(), prob[i].item(), (prob[i] >= threshold).item()) for prob, cls in streams]
+        targets[i], weights[i] = arbitrate(policy, *said)
+    return targets, weights
+
+
+def train_step(model, optimizer, ema, labelled, unlabelled, recipe, autocast):
+    """One published step; the arguments are those of `engine.train_step`.
+
+    Returns the loss parts. Raises FloatingPointError where the loss is not finite, which waits for the device.
+    """
+    (images, labels), (strong, weak) = labelled[:2], unlabelled[:2]
+    with autocast():
+        logits = model(torch.cat([images, strong]))
+        model.eval()
+        with torch.no_grad():
+            weak_logits = model(weak)
+        model.train()
+        targets, weights = select_targets(*weak_logits, recipe.policy, recipe.threshold, recipe.temperature)
+        first, rest = [x[: len(images)] for x in logits], [x[len(images) :] for x in logits]
+        loss, parts = objective(first, labels, rest, targets, weights, recipe)
+    if not math.isfinite(loss.item()):
+        raise FloatingPointError(f"The published step's loss is {loss.item()}.")
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    ema.update(model)
+    return parts
+
+
+class PillowToFloat:
+    """A file -> (strong, weak), float (3, size, size) each: decoded once, all the rest twice, erasing included."""
+
+    def __init__(self, size):
+        self.strong = _repair_posterize(
+            create_transform(
+                size,
+                is_training=True,
+                color_jitter=0.4,
+                auto_augment="rand-m9-mstd0.5-inc1",
+                interpolation="bicubic",
+                re_prob=0.25,
+                re_mode="pixel",
+                re_count=1,
+            )
+        )
+        self.weak = tv.Compose(
+            [
+                tv.RandomHorizontalFlip(),
+                tv.Resize(int(256 / 224 * size), interpolation=tv.InterpolationMode.BICUBIC),
+                tv.RandomCrop(size, padding=4, padding_mode="reflect"),
+                tv.ToTensor(),
+                tv.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+            ]
+        )
+
+    def __call__(self, path):
+        with open(path, "rb") as file, Image.open(file) as image:
+            image = image.convert("RGB")
+        return self.strong(image), self.weak(image)
