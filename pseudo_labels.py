@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class _Reading(NamedTuple):
-    """What one distribution per image says of U images; each field is (U,)."""
+    """What one distribution per image says of U images; each field is (U,), or (2, U) of both streams."""
 
     target: Tensor  # int64, the first of equally probable classes
     probability: Tensor  # of that class
@@ -40,20 +40,15 @@ def _arbitrate(
     `differ`, `conv_alone`, `trans_alone`: the weight where both are sure of different classes, only the CNN
     is sure, only the transformer is. `dispute`: whose class wins the first of these, "conv" or "larger".
     """
-    conv, trans = (_read(probabilities, threshold) for probabilities in scaled.softmax(dim=-1))
-    agree = conv.target == trans.target
-    both = conv.sure & trans.sure
+    conv, trans = map(_Reading._make, zip(*_read(scaled.softmax(dim=-1), threshold)))
     conv_wins = conv.sure
     if dispute == "larger":
         # released code: a tie of probabilities goes to the transformer.
         conv_wins = conv.sure & (~trans.sure | (conv.probability > trans.probability))
     targets = torch.where(conv_wins, conv.target, trans.target)
-    weights = (
-        (both & agree)
-        + differ * (both & ~agree)
-        + conv_alone * (conv.sure & ~trans.sure)
-        + trans_alone * (trans.sure & ~conv.sure)
-    )
+    both_sure = torch.where(conv.target == trans.target, 1.0, differ)
+    one_sure = torch.where(conv.sure, conv_alone, trans_alone)
+    weights = torch.where(conv.sure & trans.sure, both_sure, one_sure).masked_fill(~(conv.sure | trans.sure), 0)
     # released code: an image of no weight has target 0; it is what the reference numbers hold.
     return targets.masked_fill(weights == 0, 0), weights
 
@@ -103,7 +98,7 @@ def select_targets(
     """
     if policy not in POLICIES:
         raise ValueError(f"unknown pseudo-label policy {policy!r}; known: {', '.join(POLICIES)}.")
-    scaled = torch.stack([_scale(conv_logits, temperature), _scale(trans_logits, temperature)])  # (2, U, C)
+    scaled = _scale(torch.stack([conv_logits, trans_logits]), temperature)  # (2, U, C)
     targets, weights = POLICIES[policy](scaled, threshold)
     return targets, weights.to(scaled.dtype)
 
