@@ -67,6 +67,10 @@ class ConvBlock(nn.Module):
     `narrow` says where the streams meet (Conformer: at the bottleneck; Semiformer: at full width): it decides
     which activation squeeze reads and which convolution the expanded map joins. The shortcut never carries the
     expanded map. Source: Conformer (Peng et al., ICCV 2021), changed as in Semiformer's released code.
+
+    The published order is to enlarge the expanded map, add it to the input, convolve. The first convolution is 1x1, so
+    it may come before: its share is computed on the small map and enlarged at a quarter of the width, and no
+    second full-width map is kept for backward.
     """
 
     conv_bn = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("residual_conv", "residual_bn"))
@@ -88,16 +92,25 @@ class ConvBlock(nn.Module):
             self.residual_bn = BatchNorm(out_channels)
 
     def forward(self, x, expanded=None):
-        """(N, in, H, W), expanded map or None -> (N, out, H/stride, W/stride), the activation squeeze reads."""
+        """(N, in, H, W), expanded map or None -> (N, out, H/stride, W/stride), the activation squeeze reads.
+
+        The expanded map is (N, meeting channels, h, w) of any size that divides the map's.
+        """
         shortcut = self.residual_bn(self.residual_conv(x)) if self.project else x
+        x = self.conv1(x)
         if expanded is not None and not self.narrow:
-            x = x + expanded
-        x = F.relu(self.bn1(self.conv1(x)))
+            x = x + enlarged(F.conv2d(expanded, self.conv1.weight), x)
+        x = F.relu(self.bn1(x))
         if expanded is not None and self.narrow:
-            x = x + expanded
+            x = x + enlarged(expanded, x)
         bottleneck = F.relu(self.bn2(self.conv2(x)))
         x = F.relu(self.bn3(self.conv3(bottleneck)) + shortcut)
         return x, bottleneck if self.narrow else x
+
+
+def enlarged(expanded, x):
+    """The expanded map (N, C, h, w), each pixel repeated (nearest neighbour) to the height and width of the map x."""
+    return F.interpolate(expanded, x.shape[-2:], mode="nearest") if expanded.shape[-2:] != x.shape[-2:] else expanded
 
 
 def _pointwise(conv, tokens):
@@ -126,21 +139,19 @@ class FCUDown(nn.Module):
 
 
 class FCUUp(nn.Module):
-    """Expand: patch tokens become a map for the CNN, repeated s x s times (nearest neighbour)."""
+    """Expand: patch tokens become a map for the CNN, a pixel a token."""
 
     conv_bn = (("conv_project", "bn"),)
 
-    def __init__(self, embed_dim, out_channels, stride):
+    def __init__(self, embed_dim, out_channels):
         super().__init__()
-        self.stride = stride
         self.conv_project = nn.Conv2d(embed_dim, out_channels, 1)
         self.bn = BatchNorm(out_channels)
 
     def forward(self, tokens, grid):
-        """(N, 1 + L, E), grid (h, w) with hw = L -> (N, C, h*s, w*s)."""
+        """(N, 1 + L, E), grid (h, w) with hw = L -> (N, C, h, w)."""
         x = _pointwise(self.conv_project, tokens[:, 1:])  # (N, L, E) -> (N, L, C)
-        x = F.relu(self.bn(x.transpose(1, 2).unflatten(2, grid)))  # -> (N, C, h, w)
-        return F.interpolate(x, scale_factor=self.stride, mode="nearest") if self.stride > 1 else x
+        return F.relu(self.bn(x.transpose(1, 2).unflatten(2, grid)))
 
 
 class ConvTransBlock(nn.Module):
@@ -163,7 +174,7 @@ class ConvTransBlock(nn.Module):
         if med_blocks:
             self.med_block = nn.ModuleList(med_blocks)
         self.squeeze_block = FCUDown(channels, embed_dim, stride)
-        self.expand_block = FCUUp(embed_dim, channels, stride)
+        self.expand_block = FCUUp(embed_dim, channels)
         self.trans_block = trans_block
 
     def forward(self, x, tokens, grid):

@@ -5,7 +5,7 @@ from timm.models import register_model
 from torch import nn
 from torch.nn import functional as F
 
-from models.blocks import ConvTransBlock, transformer_block
+from models.blocks import ConvTransBlock, enlarged, transformer_block
 from models.semiformer import Semiformer, build
 
 
@@ -21,7 +21,7 @@ class ConvMixerBlock(nn.Module):
 
     def forward(self, x, expanded=None):
         """(N, C, H, W), expanded map (joins the depthwise input only) or None -> the block's output, twice."""
-        x = self.norm1(F.gelu(self.conv1(x if expanded is None else x + expanded))) + x
+        x = self.norm1(F.gelu(self.conv1(x if expanded is None else x + enlarged(expanded, x)))) + x
         x = self.norm2(F.gelu(self.conv2(x)))
         return x, x
 

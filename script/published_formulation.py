@@ -1,7 +1,7 @@
 """The published formulation, built of our own parts: what script/benchmark.py measures ours against.
 
 Parameters, state dict, losses and the order of a step are ours; only the named levers differ. Squeeze and expand
-convolve the map (squeeze before it pools), attention is an explicit softmax, maps are NCHW, AdamW and the moving
+convolve the map (squeeze before it pools), the expanded map is enlarged and added before it is convolved, attention is an explicit softmax, maps are NCHW, AdamW and the moving
 average go tensor by tensor, the Vote and weight policies image by image, and images from Pillow to float in the worker.
 Written from docs and spec, not from the released code.
 """
@@ -21,7 +21,7 @@ from torchvision import transforms as tv
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the programs that import this file, too
 
 from losses import objective  # noqa: E402
-from models.blocks import FCUDown, FCUUp  # noqa: E402
+from models.blocks import ConvBlock, FCUDown, FCUUp, enlarged  # noqa: E402
 from optimization import build_optimizer  # noqa: E402
 from transforms import _repair_posterize  # noqa: E402
 
@@ -41,10 +41,23 @@ class ConvOnMap(FCUUp):
     """Expand with the 1x1 convolution on the map."""
 
     def forward(self, tokens, grid):
-        """(N, 1 + L, E), grid (h, w) with hw = L -> (N, C, h*s, w*s)."""
+        """(N, 1 + L, E), grid (h, w) with hw = L -> (N, C, h, w)."""
         x = tokens[:, 1:].transpose(1, 2).reshape(len(tokens), -1, *grid)  # (N, L, E) -> (N, E, h, w)
-        x = F.relu(self.bn(self.conv_project(x)))
-        return F.interpolate(x, scale_factor=self.stride, mode="nearest") if self.stride > 1 else x
+        return F.relu(self.bn(self.conv_project(x)))
+
+
+class AddThenConv(ConvBlock):
+    """Bottleneck whose expanded map is enlarged at full width and added before the first convolution."""
+
+    def forward(self, x, expanded=None):
+        """(N, in, H, W), expanded map or None -> (N, out, H/stride, W/stride), the activation squeeze reads."""
+        if expanded is None or self.narrow:
+            return super().forward(x, expanded)
+        shortcut = self.residual_bn(self.residual_conv(x)) if self.project else x
+        x = F.relu(self.bn1(self.conv1(x + enlarged(expanded, x))))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = F.relu(self.bn3(self.conv3(x)) + shortcut)
+        return x, x
 
 
 class ExplicitAttention(Attention):
@@ -60,7 +73,11 @@ class ExplicitAttention(Attention):
 
 
 # lever: the parts of ours it consists of, and what stands in their place in the published formulation.
-PARTS = {"pool first": {FCUDown: ConvThenPool, FCUUp: ConvOnMap}, "SDPA": {Attention: ExplicitAttention}}
+PARTS = {
+    "pool first": {FCUDown: ConvThenPool, FCUUp: ConvOnMap},
+    "enlarge last": {ConvBlock: AddThenConv},
+    "SDPA": {Attention: ExplicitAttention},
+}
 
 
 def as_published(model, levers=()):

@@ -41,7 +41,10 @@ VARIANTS = {
     "ours bf16 --compile": Variant(ours=True, bf16=True, compiled=True),
     "ours fp32 --grad-checkpointing": Variant(ours=True, checkpointed=True),
     "ours bf16 --grad-checkpointing": Variant(ours=True, bf16=True, checkpointed=True),
-    **{lever: Variant(levers=(lever,)) for lever in ("pool first", "channels_last", "SDPA", "fused AdamW")},
+    **{
+        lever: Variant(levers=(lever,))
+        for lever in ("pool first", "enlarge last", "channels_last", "SDPA", "fused AdamW")
+    },
     "foreach EMA": Variant(levers=("foreach EMA",)),
     "bf16": Variant(bf16=True),
     "compile": Variant(compiled=True),

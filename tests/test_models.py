@@ -142,6 +142,20 @@ def test_the_shortcut_never_carries_the_expanded_map(narrow):
     assert torch.equal(block(x, expanded)[0], x)
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_small_expanded_map_is_one_repeated_before_the_first_convolution(narrow):
+    torch.manual_seed(0)
+    block = ConvBlock(8, 8, narrow=narrow).double()
+    x, small = torch.randn(2, 8, 12, 12).double(), torch.randn(2, block.meeting_channels, 3, 3).double()
+    repeated = small.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    if narrow:
+        slow = F.relu(block.bn1(block.conv1(x))) + repeated
+    else:
+        slow = F.relu(block.bn1(block.conv1(x + repeated)))
+    slow = F.relu(block.bn3(block.conv3(F.relu(block.bn2(block.conv2(slow))))) + x)
+    assert torch.allclose(block(x, small)[0], slow, rtol=1e-11, atol=1e-11)
+
+
 def test_position_embedding_is_resized_for_another_input_size():
     model = build_model("Semiformer_PE_small_patch16", 3, depth=3).eval()
     batch = torch.randn(1, 3, 64, 64)
