@@ -1,8 +1,9 @@
 """The published formulation, built of our own parts: what script/benchmark.py measures ours against.
 
 Parameters, state dict, losses and the order of a step are ours; only the named levers differ. Squeeze and expand
-convolve the map (squeeze before it pools), the expanded map is enlarged and added before it is convolved, attention is an explicit softmax, maps are NCHW, AdamW and the moving
-average go tensor by tensor, the Vote and weight policies image by image, and images from Pillow to float in the worker.
+convolve the map (squeeze before it pools), the expanded map is enlarged and added before it is convolved, attention is
+an explicit softmax, maps are NCHW, AdamW and the moving average go tensor by tensor, the Vote and weight policies image
+by image, and images from Pillow to float in the worker.
 Written from docs and spec, not from the released code.
 """
 
