@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class _Reading(NamedTuple):
-    """What one distribution per image says of U images; each field is (U,), or (2, U) of both streams."""
+    """What one distribution per image says of U images; each field is (U,)."""
 
     target: Tensor  # int64, the first of equally probable classes
     probability: Tensor  # of that class
@@ -26,21 +26,21 @@ def _read(probabilities: Tensor, threshold: float) -> _Reading:
     return _Reading(target, probability, probability >= threshold)
 
 
-def _follow(scaled: Tensor, threshold: float, merge) -> tuple[Tensor, Tensor]:
-    """One distribution decides alone; `merge` makes it, (U, C), of both streams' logits / T, (2, U, C)."""
-    said = _read(merge(scaled), threshold)
+def _follow(conv: Tensor, trans: Tensor, threshold: float, merge) -> tuple[Tensor, Tensor]:
+    """One distribution decides alone; `merge` makes it, (U, C), of both streams' logits / T, (U, C) each."""
+    said = _read(merge(conv, trans), threshold)
     return said.target, said.sure
 
 
 def _arbitrate(
-    scaled: Tensor, threshold: float, dispute: str, differ: float, conv_alone: float, trans_alone: float
+    conv: Tensor, trans: Tensor, threshold: float, dispute: str, differ: float, conv_alone: float, trans_alone: float
 ) -> tuple[Tensor, Tensor]:
     """Both streams are heard: 1 where both are sure and agree, 0 where none is sure, else the given weights.
 
     `differ`, `conv_alone`, `trans_alone`: the weight where both are sure of different classes, only the CNN
     is sure, only the transformer is. `dispute`: whose class wins the first of these, "conv" or "larger".
     """
-    conv, trans = map(_Reading._make, zip(*_read(scaled.softmax(dim=-1), threshold)))
+    conv, trans = (_read(scaled.softmax(dim=-1), threshold) for scaled in (conv, trans))
     conv_wins = conv.sure
     if dispute == "larger":
         # released code: a tie of probabilities goes to the transformer.
@@ -53,13 +53,13 @@ def _arbitrate(
     return targets.masked_fill(weights == 0, 0), weights
 
 
-# Every policy: (logits / T (2, U, C) CNN first, threshold) -> (targets (U,) int64, weights (U,)).
+# Every policy: (logits / T of the CNN, of the transformer (U, C), threshold) -> (targets (U,) int64, weights (U,)).
 # released code: its fifteen names, in the order of its flag; the first is its default.
 POLICIES = {
-    "cnn": partial(_follow, merge=lambda scaled: scaled[0].softmax(dim=-1)),
-    "transformer": partial(_follow, merge=lambda scaled: scaled[1].softmax(dim=-1)),
-    "fuse": partial(_follow, merge=lambda scaled: scaled.mean(dim=0).softmax(dim=-1)),
-    "softmax_fuse": partial(_follow, merge=lambda scaled: scaled.softmax(dim=-1).mean(dim=0)),
+    "cnn": partial(_follow, merge=lambda conv, trans: conv.softmax(dim=-1)),
+    "transformer": partial(_follow, merge=lambda conv, trans: trans.softmax(dim=-1)),
+    "fuse": partial(_follow, merge=lambda conv, trans: ((conv + trans) / 2).softmax(dim=-1)),
+    "softmax_fuse": partial(_follow, merge=lambda conv, trans: (conv.softmax(dim=-1) + trans.softmax(dim=-1)) / 2),
 } | {
     name: partial(_arbitrate, dispute=dispute, differ=differ, conv_alone=conv_alone, trans_alone=trans_alone)
     for name, dispute, differ, conv_alone, trans_alone in (
@@ -98,9 +98,9 @@ def select_targets(
     """
     if policy not in POLICIES:
         raise ValueError(f"unknown pseudo-label policy {policy!r}; known: {', '.join(POLICIES)}.")
-    scaled = _scale(torch.stack([conv_logits, trans_logits]), temperature)  # (2, U, C)
-    targets, weights = POLICIES[policy](scaled, threshold)
-    return targets, weights.to(scaled.dtype)
+    conv, trans = (_scale(logits, temperature) for logits in (conv_logits, trans_logits))
+    targets, weights = POLICIES[policy](conv, trans, threshold)
+    return targets, weights.to(conv.dtype)
 
 
 def pseudo_label(weak_logits: list[Tensor], policy: str, threshold: float, temperature: float) -> tuple[Tensor, Tensor]:
@@ -153,7 +153,8 @@ def diagnostics(
 
 def _scale(logits: Tensor, temperature: float) -> Tensor:
     """logits / T; half precision would round probabilities across the threshold, so at least float32."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if temperature == 1 else logits / temperature
 
 
 def _share(hits: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from forms import FORMS
 from reference import fill, images, load
 from torch.nn import functional as F
 
@@ -38,11 +39,23 @@ def test_keys_order_shapes_and_count_are_the_published_ones(name):
 
 @pytest.mark.parametrize("name,seed,fcu", CASES)
 def test_forward_and_gradients_equal_the_published_ones(name, seed, fcu):
+    assert_published(name, seed, fcu)
+
+
+@pytest.mark.parametrize("form", ["published", "all"])
+def test_every_lever_on_or_off_leaves_the_published_numbers(form):
+    """Levers one by one: the six steps of test_engine."""
+    assert_published("Semiformer_small_patch16", "seed1", "remove_fcu=False", FORMS[form])
+
+
+def assert_published(name, seed, fcu, form=FORMS["ours"]):
+    """Logits, features, loss and gradient norms of a network in some form are the reference's."""
+
     def ref(what):
         return FORWARD[f"{name}|{seed}|{fcu}|{what}"]
 
     number = int(seed[4:])
-    model = fill(build_model(name, 1000, remove_fcu=fcu.endswith("True")), number).eval()
+    model = form(fill(build_model(name, 1000, remove_fcu=fcu.endswith("True")), number)).eval()
     batch = images(number + 100)
     with torch.no_grad():
         out = model(batch, ret_feat=True)
