@@ -97,14 +97,16 @@ class ConvBlock(nn.Module):
         The expanded map is (N, meeting channels, h, w) of any size that divides the map's.
         """
         shortcut = self.residual_bn(self.residual_conv(x)) if self.project else x
+        # In place where backward needs no output: large maps are not allocated anew.
         x = self.conv1(x)
         if expanded is not None and not self.narrow:
-            x = x + enlarged(F.conv2d(expanded, self.conv1.weight), x)
-        x = F.relu(self.bn1(x))
+            x += enlarged(F.conv2d(expanded, self.conv1.weight), x)
+        x = F.relu(self.bn1(x), inplace=True)
         if expanded is not None and self.narrow:
             x = x + enlarged(expanded, x)
-        bottleneck = F.relu(self.bn2(self.conv2(x)))
-        x = F.relu(self.bn3(self.conv3(bottleneck)) + shortcut)
+        bottleneck = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        x = self.bn3(self.conv3(bottleneck))
+        x = F.relu(x.add_(shortcut), inplace=True)
         return x, bottleneck if self.narrow else x
 
 
@@ -151,7 +153,7 @@ class FCUUp(nn.Module):
     def forward(self, tokens, grid):
         """(N, 1 + L, E), grid (h, w) with hw = L -> (N, C, h, w)."""
         x = _pointwise(self.conv_project, tokens[:, 1:])  # (N, L, E) -> (N, L, C)
-        return F.relu(self.bn(x.transpose(1, 2).unflatten(2, grid)))
+        return F.relu(self.bn(x.transpose(1, 2).unflatten(2, grid)), inplace=True)
 
 
 class ConvTransBlock(nn.Module):

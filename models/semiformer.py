@@ -140,7 +140,7 @@ class Semiformer(nn.Module):
                 f"choose an --input-size that is a multiple of {self.patch_size}."
             )
         grid = (height // self.patch_size, width // self.patch_size)
-        stem = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, stride=2, padding=1)  # (N, 64, H/4, W/4)
+        stem = F.max_pool2d(F.relu(self.bn1(self.conv1(images)), inplace=True), 3, 2, padding=1)  # (N, 64, H/4, W/4)
         x = self._first_cnn_stage(images, stem)
         tokens = self.trans_1(self._tokens(stem, grid))
         for name, stage in self.named_children():

@@ -42,7 +42,7 @@ def test_forward_and_gradients_equal_the_published_ones(name, seed, fcu):
     assert_published(name, seed, fcu)
 
 
-@pytest.mark.parametrize("form", ["published", "all"])
+@pytest.mark.parametrize("form", ["published", "checkpointed", "compiled"])
 def test_every_lever_on_or_off_leaves_the_published_numbers(form):
     """Levers one by one: the six steps of test_engine."""
     assert_published("Semiformer_small_patch16", "seed1", "remove_fcu=False", FORMS[form])
@@ -262,6 +262,23 @@ def test_activations_computed_again_leave_gradients_and_statistics_as_they_were(
         assert torch.equal(ours.grad, reference.grad)
     for ours, reference in zip(saving.buffers(), plain.buffers()):
         assert torch.equal(ours, reference)
+
+
+def test_compiled_and_computed_again_is_the_same_step():
+    torch.manual_seed(0)
+    plain = build_model("Semiformer_micro_patch16", 10, 32).double().train()
+    both = deepcopy(plain)
+    save_memory(both)
+    torch._dynamo.reset()
+    both.compile(backend="aot_eager")
+    batch = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    for model in (plain, both):
+        for _ in range(2):
+            sum((logits**2).mean() for logits in model(batch)).backward()
+    for ours, reference in zip(both.parameters(), plain.parameters()):
+        assert torch.allclose(ours.grad, reference.grad, rtol=1e-9, atol=1e-12)
+    for ours, reference in zip(both.buffers(), plain.buffers()):
+        assert torch.allclose(ours, reference, rtol=1e-12)
 
 
 def test_a_network_without_blocks_cannot_compute_again():
