@@ -27,7 +27,7 @@ import numpy as np
 import PIL
 import published_formulation as published
 import torch
-from interleaved import Line, profiled, table
+from interleaved import Line, measure, profiled, table
 from PIL import Image
 from timm.utils import ModelEmaV3
 from torch.utils.data import default_collate
@@ -110,7 +110,12 @@ def evaluation(args):
     lines += [Line("bf16, both", "published bf16", "ours bf16")]
     lines += [Line(f"{name} alone", "published fp32", name) for name in list(networks)[2:]]
     head = f"### Evaluation: a batch of {args.batch} images\n\n"
-    return head + table(lines, _calls(lines, make, args), args, images=args.batch)
+    calls = _calls(lines, make, args)
+    text = head + table(lines, calls, args, images=args.batch)
+    if args.profile:
+        ours = {name: calls[name] for name in ("ours fp32", "ours bf16") if name in calls}
+        text += "".join(f"\n\n{name}:\n\n{profiled(call, args)}" for name, call in ours.items())
+    return text
 
 
 def photo(path, seed):
@@ -285,6 +290,20 @@ def machine(args):
     )
 
 
+def ceilings(args):
+    """What the machine can do at most, as a sentence: no line of a table can be far above these."""
+    square, line = torch.randn(2048, 2048, device=args.device), torch.randn(2**25, device=args.device)
+    half, other = square.bfloat16(), torch.empty_like(line)
+    calls = {"fp32": lambda: square @ square, "bf16": lambda: half @ half, "copy": lambda: other.copy_(line)}
+    seconds = {name: float(np.median(took)) for name, took in measure(calls, 10, 2, args.device).items()}
+    fp32, bf16 = (2 * 2048**3 / seconds[name] / 1e9 for name in ("fp32", "bf16"))
+    copied = 2 * line.nbytes / seconds["copy"] / 1e9
+    return (
+        f"Ceilings of the machine: a product of 2048 x 2048 matrices at {fp32:.0f} GFLOP/s in fp32 and {bf16:.0f} in "
+        f"bf16, a copy moves {copied:.0f} GB/s."
+    )
+
+
 def get_parser():
     """The flags of this program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -297,7 +316,7 @@ def get_parser():
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="of all but `data` and `policies`, which have one"
     )
-    parser.add_argument("--profile", action="store_true", help="add where the time of our step goes to `train`")
+    parser.add_argument("--profile", action="store_true", help="add where the time goes to `train` and `eval`")
     parser.add_argument("--output", type=Path, help="append the Markdown to this file instead of printing it")
     parser.add_argument("--variant", choices=MEMORY, help="print the peak bytes of this one (`memory` asks so)")
     return parser
@@ -306,7 +325,7 @@ def get_parser():
 def report(args):
     """The Markdown of the part that was asked for, or of all."""
     chosen = PARTS.values() if args.part == "all" else [PARTS[args.part]]
-    return "\n\n".join([machine(args), prove(args), *(part(args) for part in chosen)])
+    return "\n\n".join([machine(args), ceilings(args), prove(args), *(part(args) for part in chosen)])
 
 
 def main():
