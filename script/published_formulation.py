@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
-from timm.layers import Attention
+from timm.models.vision_transformer import Attention
 from torch.nn import functional as F
 from torchvision import transforms as tv
 
