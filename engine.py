@@ -92,18 +92,16 @@ def _loss(student, teacher, labelled, unlabelled, recipe, autocast, consistent, 
         else:
             strong, weak, truth = unlabelled[:3]
             # paper: one train-mode forward for both, so BatchNorm sees labelled and strong images together...
-            logits, features = _streams(student(torch.cat([images, strong]), ret_feat=recipe.dual_consistency))
+            logits, seen = _streams(student(torch.cat([images, strong]), ret_feat=recipe.dual_consistency))
             # ...and the weak ones come after it, on running statistics this step has already updated.
             with torch.no_grad(), evaluating(teacher):
                 weak_logits, weak_features = _streams(teacher(weak, ret_feat=recipe.dual_consistency))
             labelled_logits, strong_logits = _split(logits, len(images))
             if consistent:
-                features = weak_features, _split(features, len(images))[1]
+                features = weak_features, _split(seen, len(images))[1]
             targets, weights = pseudo_label(weak_logits, recipe.policy, recipe.threshold, recipe.temperature)
             diagnosis = diagnostics(targets, weights, truth, weak_logits)
-        loss, parts = objective(
-            labelled_logits, labels, strong_logits, targets, weights, recipe, features if consistent else None
-        )
+        loss, parts = objective(labelled_logits, labels, strong_logits, targets, weights, recipe, features)
     return loss, parts, diagnosis
 
 
