@@ -21,6 +21,7 @@ SUMS = {  # sha256 of the unpacked files
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
 OWN_SUMS = "SHA256SUMS"  # as sha256sum writes it
+OWN_CLASSES = "classes.txt"  # a name a line
 
 
 class GreySource(ArraySource):
@@ -89,6 +90,17 @@ def _array(folder, name):
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 
+def _classes(folder):
+    """The ten names: of the folder's own classes.txt, as another set in this format has it, else CLASSES."""
+    path = folder / OWN_CLASSES
+    if not path.is_file():
+        return CLASSES
+    names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    if len(names) != len(CLASSES) or len({*names} - {""}) != len(CLASSES):
+        raise ValueError(f"{path} must hold {len(CLASSES)} different class names, one a line: mend or remove it.")
+    return names
+
+
 def write_idx(folder, name, array):
     """Write a uint8 array as an idx file and its sum into the folder's SHA256SUMS: part of a set, or another one."""
     content = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
@@ -101,7 +113,7 @@ def fashion(root, part):
     """Read Fashion-MNIST from its four idx files, plain or with gzip, in `root` or `root/FashionMNIST/raw`.
 
     Files that are missing are downloaded where that works. Their content is checked by sha256, against SHA256SUMS in
-    their folder if there is one (another set in this format).
+    their folder if there is one (another set in this format, as MNIST; classes.txt there names its classes).
 
     Args:
         part: 'train' (60,000 images), or 'val': the 10,000 test images.
@@ -114,4 +126,4 @@ def fashion(root, part):
     right = images.ndim == 3 and images.shape[1:] == (SIDE, SIDE) and targets.shape == images.shape[:1]
     if not right or targets.max(initial=0) >= len(CLASSES):
         raise ValueError(f"{folder / name} and its labels do not fit: {images.shape} images, {targets.shape} labels.")
-    return Samples(GreySource(images, folder / name), targets, CLASSES)
+    return Samples(GreySource(images, folder / name), targets, _classes(folder))

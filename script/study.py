@@ -1,4 +1,4 @@
-"""The paper's claims in miniature, on Fashion-MNIST: named runs of semi_main.py, a table, and plots.
+"""The paper's claims in miniature, on Fashion-MNIST or MNIST: named runs of semi_main.py, a table, and plots.
 
     python script/study.py --suite main --data-path FASHION --seeds 0 1 2 [--device cpu] [--output DIR]
 
@@ -23,7 +23,7 @@ import study_report
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from fashion import fashion, write_idx  # noqa: E402
+from fashion import OWN_CLASSES, fashion, write_idx  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------- named runs
 
@@ -79,6 +79,7 @@ def write_part(folder, source, train, val):
     for prefix, places in (("train", slice(0, train)), ("t10k", slice(-val, None))):
         write_idx(folder, f"{prefix}-images-idx3-ubyte", samples.source.images[places])
         write_idx(folder, f"{prefix}-labels-idx1-ubyte", samples.targets[places].astype(np.uint8))
+    (folder / OWN_CLASSES).write_text("\n".join(samples.classes) + "\n", encoding="utf-8")
 
 
 def write_labelled(path, source, labels, seed):

@@ -55,6 +55,8 @@ def test_without_own_sums_the_published_ones_are_asked_for(tmp_path):
     (lambda f: (f / FILES[0]).write_bytes(raw(f, FILES[0])[:-1]), "train-images.* its sha256 differs"),
     (lambda f: (f / FILES[0]).rename(f / "x") and (f / f"{FILES[0]}.gz").write_bytes(b"no"), "ubyte.gz is damaged"),
     (lambda f: (f / "SHA256SUMS").write_text("abc\n"), "SHA256SUMS is not what sha256sum writes"),
+    (lambda f: (f / "classes.txt").write_text("one\n" * 10), "classes.txt must hold 10 different class names"),
+    (lambda f: (f / "classes.txt").write_text("one\ntwo\n"), "classes.txt must hold 10 different class names"),
     (lambda f: write_idx(f, FILES[1], np.zeros(3, np.uint8)), "do not fit: .40, 28, 28. images, .3,. labels"),
     (lambda f: write_idx(f, FILES[1], np.full(40, 10, np.uint8)), "do not fit"),
     (lambda f: write_idx(f, FILES[0], np.zeros((40, 9, 9), np.uint8)), "do not fit: .40, 9, 9. images"),
@@ -65,6 +67,12 @@ def test_what_is_wrong_is_named(tmp_path, spoil, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         fashion.fashion(tmp_path, "train")
     assert "\n" not in str(caught.value)
+
+
+def test_another_set_in_this_format_names_its_classes(tmp_path):
+    make_fashion(tmp_path)
+    (tmp_path / "classes.txt").write_text("".join(f"digit {i}\n" for i in range(10)))
+    assert fashion.fashion(tmp_path, "val").classes == tuple(f"digit {i}" for i in range(10))
 
 
 def test_what_cannot_be_downloaded_is_told(tmp_path, monkeypatch):

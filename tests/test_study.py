@@ -63,11 +63,12 @@ def test_labelled_images_are_as_many_of_each_class_and_drawn_by_the_seed(tmp_pat
 
 def test_a_part_keeps_evaluation_images_out_of_training(tmp_path):
     make_fashion(tmp_path, train=50)
+    (tmp_path / "classes.txt").write_text("\n".join("abcdefghij"))
     study.write_part(tmp_path / "part", tmp_path, 30, 12)
     whole = fashion.fashion(tmp_path, "train")
     for part, places in (("train", range(30)), ("val", range(38, 50))):
         samples = fashion.fashion(tmp_path / "part", part)
-        assert samples.targets.tolist() == whole.targets[places].tolist()
+        assert samples.targets.tolist() == whole.targets[places].tolist() and samples.classes == tuple("abcdefghij")
         assert np.array_equal(samples.source.images, whole.source.images[places])
 
 
