@@ -30,7 +30,7 @@ from fashion import OWN_CLASSES, fashion, write_idx  # noqa: E402
 LABELS, VALIDATION = 100, 2000
 COMMON = """--data-set FASHION --input-size 64 --amp bf16 --warmup-epochs 0 --mixup 0 --cutmix 0
     --no-repeated-aug --smoothing 0 --drop-path 0 --num_workers 0"""
-LENGTH = "--epochs 50 --steps-per-epoch 100 --evaluate-freq 5 --no-model-ema"
+LENGTH = "--epochs 30 --steps-per-epoch 100 --evaluate-freq 5 --no-model-ema"
 SUPERVISED = "--supervise-only --batch-size 8"  # not 4: BatchNorm's statistics of four images would be a straw man
 SEMI = "--batch-size 16 --mu 0.25 --threshold 0.9 --semi-lambda 1"
 NETWORKS = {  # within 20 % of one another in parameters
