@@ -105,6 +105,8 @@ def evaluate_checkpoint(args, device):
     autocast, _, precision = mixed_precision(options.requested_amp(args), device)
     content = checkpoint.read(resume)
     checkpoint.load_weights(model, checkpoint.weights_in(content, resume), resume)
+    if differing := checkpoint.other_names(checkpoint.classes_in(content), views.samples.classes):
+        say(f"Warning: {resume} is of other classes than the validation images, {differing}: check --data-path.")
     meters = _evaluate(args, model, views, device, autocast)
     say(_summary("raw", meters))
     if "model_ema" in content:
@@ -134,7 +136,7 @@ class Run:
             save_memory(model)
         self.n_parameters = sum(p.numel() for p in model.parameters())
         optimizer = build_optimizer(args, model)
-        self.state = TrainState(model, optimizer, build_scheduler(args, optimizer), scaler)
+        self.state = TrainState(model, optimizer, build_scheduler(args, optimizer), scaler, classes=classes)
         # Both orders exist before the first step, so that a set too small is found now and not in epoch 30.
         self.labelled_order, self.unlabelled_order = (
             views and training_order(len(views), self.world, self.rank, args.seed, args.repeated_aug)
