@@ -20,13 +20,15 @@ from trees import ROOT
 import options
 import run_with_submitit
 import semi_main
+from optimization import learning_rates
+from samplers import training_order
 
-DOCS = {str(p.relative_to(ROOT)): p.read_text() for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"),
-        *ROOT.glob("data_splits/*.md")]}  # fmt: skip
+DOCS = {str(path.relative_to(ROOT)): path.read_text()
+        for pattern in ("*.md", "docs/*.md", "data_splits/*.md") for path in ROOT.glob(pattern)}  # fmt: skip
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Programs whose flags a text may name without a command of ours around them.
 FOREIGN = {"--slurm", "--export", "--requeue", "--signal", "--time", "--ntasks-per-node", "--gpus-per-node", "--nodes",
-           "--cpus-per-task", "--standalone", "--kill-on-bad-exit"}  # fmt: skip
+           "--cpus-per-task", "--standalone", "--kill-on-bad-exit", "--max_restarts", "--dependency"}  # fmt: skip
 WRAPPERS = {"run_ddp_example.sh", "fork_ablation.sh", "eval.sh", "demo.sh"}
 
 
@@ -79,7 +81,7 @@ def spans(text):
 
 
 def all_commands(text):
-    """(words, whether they stand in a block) of the commands of a document, in bash blocks and in the text."""
+    """The words of the commands of a document, in bash blocks and in the text."""
     inline = [span for span in spans(text) if re.match(r"(python|bash|torchrun) \S", span)]
     return [words for script in [*blocks(text, "bash"), *inline] for words in commands(script)]
 
@@ -112,7 +114,7 @@ def parser_of():
         return stopped.value.args[0]
 
     parsers = {}
-    return lambda path: parsers.setdefault(path, find(path)) if path not in parsers else parsers[path]
+    return lambda path: parsers.get(path) or parsers.setdefault(path, find(path))
 
 
 def through(wrapper, words, settings, folder):
@@ -139,7 +141,7 @@ def python_part(words, folder):
             return None
         words = ["python", *through(words[1], words[2:], settings, folder)]
     if words[0] == "srun":
-        words = words[next(i for i, word in enumerate(words) if word == "python"):]
+        words = words[next(i for i, word in enumerate(words) if word == "python") :]
     if words[:3] == ["python", "-m", "torch.distributed.run"]:
         words = ["torchrun", *words[3:]]
     if words[0] == "torchrun":
@@ -207,29 +209,32 @@ def test_named_files_and_flags_exist(name, parser_of):
             assert list(ROOT.glob(span)), span
 
 
-def test_every_tool_answers_help(parser_of):
-    for path in TREES:
-        if path.split("/")[0] in ("script", "data_splits") and "ArgumentParser(" in (ROOT / path).read_text():
-            if "def main(" in (ROOT / path).read_text():
-                help = parser_of(path).format_help()
-                actions = [a for a in parser_of(path)._actions if a.option_strings and a.help != argparse.SUPPRESS]
-                assert all(a.help for a in actions), path
-                assert path.rpartition("/")[2] in help, path
+def is_tool(path):
+    """Whether its main makes a parser."""
+    functions = [node for node in TREES[path].body if isinstance(node, ast.FunctionDef) and node.name == "main"]
+    return any(".ArgumentParser(" in ast.unparse(node) for node in functions)
+
+
+@pytest.mark.parametrize("path", filter(is_tool, TREES))
+def test_every_tool_answers_help(path, parser_of):
+    parser = parser_of(path)
+    assert path.rpartition("/")[2] in parser.format_help()
+    assert not [action.option_strings for action in parser._actions if action.help is None]
 
 
 # -------------------------------------------------------------------------------- quoted messages
 
 
 def templates():
-    """A pattern for every text of the rooms and tools that has 20 fixed characters or more."""
+    """A pattern for every text of the rooms and tools that has 15 fixed characters or more."""
     found = set()
     for tree in TREES.values():
         for node in ast.walk(tree):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
             fixed = [part.value if isinstance(part, ast.Constant) and isinstance(part.value, str) else None
                      for part in parts]  # fmt: skip
-            if sum(len(text.strip()) for text in fixed if text) >= 20:
-                found.add("".join(".+" if text is None else re.escape(text) for text in fixed))
+            if sum(len(text.strip()) for text in fixed if text) >= 15:
+                found.add("".join(".*" if text is None else re.escape(text.rstrip("\n")) for text in fixed))
     return [re.compile(pattern) for pattern in found]
 
 
@@ -241,6 +246,41 @@ def test_quoted_messages_are_those_of_the_code():
             assert any(pattern.fullmatch(line) for pattern in patterns), line
             quoted += 1
     assert quoted >= 15
+
+
+# -------------------------------------------------------------------------------- the figures of reproduce.md
+
+
+def published(script, parser_of, folder):
+    """The flags that a script of a published run gives, and its number of processes."""
+    path, words = python_part(["DATA_ROOT=data", "SPLIT=list", "bash", script], folder)
+    args = parser_of(path).parse_args(words)
+    return args, 8 if path == "semi_main.py" else args.nodes * args.ngpus
+
+
+def test_the_published_runs_have_the_steps_that_reproduce_tells(parser_of, tmp_path):
+    rows = re.findall(r"^\| `(script/(?:run_|submitit_)\w.*)` \| (.*) \|$", DOCS["docs/reproduce.md"], re.MULTILINE)
+    slurm = {f"script/{path.name}" for path in ROOT.glob("script/submitit_1to*.sh")}
+    assert {script for script, _ in rows} == {"script/run_ddp_example.sh"} | slurm
+    for script, row in rows:
+        args, world = published(script, parser_of, tmp_path)
+        images = len(training_order(128_116, world, 0, args.seed, args.repeated_aug))
+        labelled, unlabelled = options.labelled_and_unlabelled(args)
+        steps, semi_steps = images // args.batch_size, images // labelled
+        in_all = args.semi_start_epoch * steps + (args.epochs - args.semi_start_epoch) * semi_steps
+        expected = f"{world} | {labelled} + {unlabelled} | {steps} | {semi_steps:,} | {args.epochs} | {in_all:,} | "
+        assert row.startswith(expected), script
+        (tmp_path / "python.said").unlink()
+
+
+@pytest.mark.parametrize("epochs, lr", [(600, 1e-3), (600, 4e-3), (300, 1e-3)])
+def test_the_learning_rates_of_reproduce_are_the_schedule(parser_of, epochs, lr):
+    args = parser_of("semi_main.py").parse_args(["--epochs", str(epochs), "--lr", str(lr)])
+    rates = learning_rates(args)
+    table = [line.strip("| ").split(" | ") for line in DOCS["docs/reproduce.md"].splitlines()]
+    (header,) = [row[1:] for row in table if row[:2] == ["epoch", "0"]]
+    (row,) = [row[1:] for row in table if row[0] == f"{epochs} epochs, lr {lr:.0e}".replace("e-0", "e-")]
+    assert row[: len(header)] == [f"{rates[e]:.4g}" for e in map(int, header) if e < epochs]
 
 
 # -------------------------------------------------------------------------------- the picture of the rooms
