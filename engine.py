@@ -213,14 +213,19 @@ def train_one_epoch(
     return meters.means_over_ranks()
 
 
-def _correct(scores, target):
-    """Percent of the images whose class is the top score, and among the top five (or all, if fewer)."""
-    hits = 100.0 * (scores.topk(min(5, scores.shape[1]), dim=1).indices == target[:, None]).double()
+def _ranked(scores):
+    """The classes of the five top scores (of all, if fewer), best first: (N, 5)."""
+    return scores.topk(min(5, scores.shape[1]), dim=1).indices
+
+
+def _correct(ranked, target):
+    """Percent of the images whose class is the first, and among all of `ranked`."""
+    hits = 100.0 * (ranked == target[:, None]).double()
     return hits[:, 0].mean(), hits.sum(1).mean()
 
 
 @torch.no_grad()
-def evaluate(model, batches, *, autocast):
+def evaluate(model, batches, *, autocast, observe=None):
     """Exact accuracy and loss over all ranks' shards; every image counts once.
 
     Args:
@@ -242,7 +247,12 @@ def evaluate(model, batches, *, autocast):
                 scores["_softmax"] = sum(x.softmax(1) for x in logits)
                 meters.update(len(target), **{f"loss_{i}": loss for i, loss in enumerate(losses)})
             meters.update(len(target), loss=sum(losses))
-            for name, score in scores.items():
-                top1, top5 = _correct(score, target)
+            ranked = {name: _ranked(score) for name, score in scores.items()}
+            for name, classes in ranked.items():
+                top1, top5 = _correct(classes, target)
                 meters.update(len(target), **{f"acc1{name}": top1, f"acc5{name}": top5})
     return {**meters.means_over_ranks(), "images": meters.count_over_ranks("loss")}
+        observe: called with each batch's scores, {name: (N, C)}, their best classes, {name: (N, 5)} or fewer, best
+            first, and its labels (N,); the names are what follows `acc1` below.
+            if observe:
+                observe(scores, ranked, target)

@@ -23,6 +23,7 @@ import checkpoint
 import options
 import output_folder
 import utils
+import report
 from checkpoint import TrainState
 from datasets import build_training_sets, build_validation_set
 from engine import evaluate, train_one_epoch
@@ -69,7 +70,7 @@ def _distributed(model, device):
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 
-def _evaluate(args, model, views, device, autocast):
+def _evaluate(args, model, views, device, autocast, tally=None):
     world, rank = utils.world_and_rank()
     loader = evaluation_loader(
         views,
@@ -79,7 +80,10 @@ def _evaluate(args, model, views, device, autocast):
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and device.type == "cuda",
     )
-    return evaluate(folded(model), to_device(watched(loader), device, views.finish), autocast=autocast)
+    batches = to_device(watched(loader), device, views.finish)
+    if tally is None:
+        return evaluate(folded(model), batches, autocast=autocast)
+    return evaluate(folded(model), tally.clocked(batches), autocast=autocast, observe=tally.add)
 
 
 def _summary(name, meters):
@@ -95,23 +99,32 @@ def _summary(name, meters):
 
 
 def evaluate_checkpoint(args, device):
-    """`--eval`: the raw and the averaged weights of `--resume` on `val/`; writes OUTPUT/eval.json."""
+    """`--eval`: the raw and the averaged weights of `--resume` on `val/`; writes OUTPUT/eval.json and the reports."""
     resume = output_folder.resume_file(args.resume, args.output_dir)
     if not resume:
         raise ValueError("--eval needs --resume CHECKPOINT, the file to evaluate.")
     views = build_validation_set(args)
-    classes = len(views.samples.classes)
-    model = _network(args, classes, device)
+    classes = views.samples.classes
+    model = _network(args, len(classes), device)
     autocast, _, precision = mixed_precision(options.requested_amp(args), device)
     content = checkpoint.read(resume)
     checkpoint.load_weights(model, checkpoint.weights_in(content, resume), resume)
-    meters = _evaluate(args, model, views, device, autocast)
-    say(_summary("raw", meters))
+
+    def measured(name, prefix):
+        tally = report.Tally(len(classes), device)
+        meters = _evaluate(args, model, views, device, autocast, tally)
+        meters |= tally.over_ranks()
+        say(_summary(name, meters) + ", " + report.summary(meters))
+        if args.output_dir:
+            streams = 2 if "acc1_head2" in meters else 1
+            utils.on_main(report.write, args.output_dir, tally, classes, streams, prefix)
+        return meters
+
+    meters = measured("raw", "")
     if "model_ema" in content:
         checkpoint.load_weights(model, content["model_ema"], f"{resume} (model_ema)")
-        meters["ema"] = _evaluate(args, model, views, device, autocast)
-        say(_summary("EMA", meters["ema"]))
-    meters |= {"classes": classes, "checkpoint": resume, "epoch": content.get("epoch"), "amp": precision}
+        meters["ema"] = measured("EMA", "ema_")
+    meters |= {"classes": len(classes), "checkpoint": resume, "epoch": content.get("epoch"), "amp": precision}
     if args.output_dir and utils.is_main():
         utils.write_json(Path(args.output_dir, "eval.json"), meters)
     return meters

@@ -126,6 +126,12 @@ def on_main(function, *args):
     return outcome[0]
 
 
+def sum_over_ranks(tensor):
+    """Sum a tensor, on the process group's device, over the ranks in place; every rank must call it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+
+
 def broadcast_buffers(*models):
     """Give every rank rank 0's buffers (BatchNorm statistics), so that a logged figure belongs to a checkpoint."""
     if dist.is_initialized():
@@ -259,8 +265,8 @@ def sync_folder(folder):
         os.close(descriptor)
 
 
-def _write_whole(path, text):
-    """Replace a text file so that it is always whole."""
+def write_text(path, text):
+    """Replace a text file so that it is always whole. Raises OSError naming it."""
     temporary = f"{path}.tmp"
     with writing(path):
         with open(temporary, "w", encoding="utf-8") as file:
@@ -295,7 +301,7 @@ def trim_json_lines(path, epoch):
         aside = path.with_suffix(f".dropped{path.suffix}")
         with writing(aside), open(aside, "a", encoding="utf-8") as file:
             file.write("".join(line.rstrip("\n") + "\n" for line in dropped))
-        _write_whole(path, "".join(kept))
+        write_text(path, "".join(kept))
     return len(dropped)
 
 
@@ -309,7 +315,7 @@ def _epoch_of(line):
 
 def write_json(path, record):
     """Write one JSON object, indented; the file is always whole. Raises OSError naming it."""
-    _write_whole(path, json.dumps(record, indent=2, default=str) + "\n")
+    write_text(path, json.dumps(record, indent=2, default=str) + "\n")
 
 
 def environment():

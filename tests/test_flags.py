@@ -56,6 +56,11 @@ TINY = (
     "--cutmix 0 --device cpu"
 )
 SAVED = TINY + " --output_dir OUT"
+REPORT = {
+    prefix + name
+    for prefix in ("", "ema_")
+    for name in ("per_class.csv", "confusion.csv", "confusion.png", "reliability.png")
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -556,7 +561,7 @@ FLAGS = {
         None,
         "",
         files,
-        ({"checkpoint.pth", "log.txt", "run.json"}, {"eval.json"}),
+        ({"checkpoint.pth", "log.txt", "run.json"}, {"eval.json", *REPORT}),
         SAVED + " --resume CHECKPOINT --epochs 2",
     ),
     "--seed": Row("order", "0", "1", lambda args: list(started(args).labelled_order), None, TINY),
