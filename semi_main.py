@@ -20,10 +20,11 @@ from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import curves
 import options
 import output_folder
-import utils
 import report
+import utils
 from checkpoint import TrainState
 from datasets import build_training_sets, build_validation_set
 from engine import evaluate, train_one_epoch
@@ -154,6 +155,7 @@ class Run:
             for views in (self.labelled, self.unlabelled)
         )
         self.phases = {semi: self._phase(semi) for semi in {self.is_semi(0), self.is_semi(args.epochs - 1)}}
+        self.curves = None
         self._load()
         if args.model_ema:
             self.state.ema = self.state.ema or self._average()
@@ -198,6 +200,10 @@ class Run:
                     "or set --steps-per-epoch, which repeats images."
                 )
         return *sizes, len(self.labelled_order) // sizes[0]
+
+    def first_step(self, epoch):
+        """The number of the epoch's first step, counted from 0 over all epochs of the flags' plan."""
+        return sum(self.phases[self.is_semi(before)][2] for before in range(epoch))
 
     def describe(self):
         """Say what will happen, and keep it in OUTPUT/run.json before the first step."""
@@ -266,6 +272,7 @@ class Run:
             mixup=self.mixup,
             clip_grad=args.clip_grad,
             accum_iter=args.accum_iter,
+            report=self.curves and self.curves.reporter(self.first_step(epoch)),
         )
 
     def evaluate(self):
@@ -316,6 +323,8 @@ class Run:
                 state.best = {"acc1": meters["acc1"], "epoch": epoch}
             record = {f"train_{k}": v for k, v in train_meters.items()} | {f"test_{k}": v for k, v in meters.items()}
             record |= {"epoch": epoch, "n_parameters": self.n_parameters}
+            if self.curves:
+                self.curves.add("test", self.first_step(epoch + 1) - 1, meters)
         state.scheduler.step(epoch, metric=meters["acc1"] if measured else state.best["acc1"])
         self.save(record)
 
@@ -332,6 +341,8 @@ def train(args, device):
     first, start = run.state.epoch + 1, time.time()
     if first >= args.epochs:
         say(f"Nothing left to train: {run.resumed or 'the start'} is at epoch {first - 1} of --epochs {args.epochs}.")
+    elif args.tensorboard:
+        run.curves = curves.Curves(Path(args.output_dir, "tensorboard"), run.first_step(first))
     for epoch in range(first, args.epochs):
         run.finish_epoch(epoch, run.train_epoch(epoch))
     best = run.state.best
@@ -343,6 +354,8 @@ def main(args):
     """Run what the flags ask for. Raises ValueError or OSError for bad input."""
     options.check(args)
     start_files(args)  # Refuses a flag without its file before any data is read.
+    if args.tensorboard and not args.eval:
+        curves.check(args.output_dir)
     device = utils.init_distributed(args.device, args.dist_url, args.world_size, args.use_submitit)
     if args.output_dir:
         with utils.writing(args.output_dir):

@@ -178,7 +178,16 @@ class Meters:
     """Weighted means of scalars that stay on the device until someone asks for them."""
 
     def __init__(self):
+        self.clear()
+
+    def clear(self):
+        """Forget what was added."""
         self._sums, self._counts = {}, {}
+
+    def add(self, figures):
+        """Add {name: (mean, number of items it is over)}; each may be a 0-d tensor on the device."""
+        for name, (mean, n) in figures.items():
+            self.update(n, **{name: mean})
 
     def update(self, n=1, **values):
         """Add values that are means over n items each; both may be 0-d tensors on the device."""
@@ -220,11 +229,12 @@ class Progress:
     """Iterate over `total` steps, print a line every `every` with eta, figures, step and data time, memory.
 
     `figures()` is asked for the line's {name: value} only when one is printed, so the device is waited for
-    only then.
+    only then. Where given, `report(i, step seconds, data seconds)` comes with every line, on every process; the
+    seconds are means since the line before.
     """
 
-    def __init__(self, header, total, every=10, figures=dict):
-        self.header, self.total, self.every, self.figures = header, total, every, figures
+    def __init__(self, header, total, every=10, figures=dict, report=None):
+        self.header, self.total, self.every, self.figures, self.report = header, total, every, figures, report
 
     def __call__(self, items):
         start = last = time.perf_counter()
@@ -234,7 +244,10 @@ class Progress:
             yield item
             recent_step.append(time.perf_counter() - last)
             if i % self.every == 0 or i == self.total - 1:
-                self._line(i, start, np.mean(recent_step), np.mean(recent_data))
+                pace = np.mean(recent_step), np.mean(recent_data)
+                self._line(i, start, *pace)
+                if self.report:
+                    self.report(i, *pace)
                 recent_step.clear(), recent_data.clear()
             last = time.perf_counter()
 

@@ -771,6 +771,7 @@ FLAGS = {
     "--model-ema-force-cpu": Row("step", None, "", average_device, (None, "cpu")),
     # files
     "--output_dir": Row("file", [""], "OUT", files, (set(), {"checkpoint.pth", "log.txt", "run.json"}), TINY),
+    "--tensorboard": Row("file", None, "", lambda args: "tensorboard" in files(args), (False, True), SAVED),
     "--resume": Row("file", [""], "CHECKPOINT", lambda args: started(args).state.epoch, (-1, 0), TINY),
     "--finetune": Row("network", [""], "RESNET", from_file, (0, RESNET), TINY),
     **start_rows("dino", "VIT", 39, TWO),
