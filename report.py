@@ -100,7 +100,8 @@ def summary(figures):
     words = f"expected calibration error {figures['ece']:.4f}"
     if figures["images_per_second"] is None:
         return words + "; one batch is too few to time"
-    return words + f"; {figures['images_per_second']:.1f} images/s, {figures['data_wait']:.0%} of it waiting for images"
+    waited = f"{figures['data_wait']:.0%} of the time waiting for them"
+    return words + f"; {figures['images_per_second']:.1f} images/s, {waited}"
 
 
 # -------------------------------------------------------------------------------- files
