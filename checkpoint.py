@@ -39,6 +39,7 @@ class TrainState:
         ema: timm's ModelEmaV3, or None.
         epoch: last finished epoch, -1 before the first.
         best: {"acc1": best top-1 in percent, "epoch": its epoch}, of the raw weights.
+        classes: names of the classes, in the order of their indices.
     """
 
     model: Any
@@ -48,9 +49,10 @@ class TrainState:
     ema: Any = None
     epoch: int = -1
     best: dict = field(default_factory=lambda: {"acc1": 0.0, "epoch": -1})
+    classes: tuple = ()
 
     def to_dict(self, args):
-        """The published keys `model optimizer lr_scheduler epoch model_ema args`; ours: `scaler best plateau`."""
+        """The published keys `model optimizer lr_scheduler epoch model_ema args`, and ours."""
         content = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -58,6 +60,7 @@ class TrainState:
             "epoch": self.epoch,
             "scaler": self.scaler.state_dict(),
             "best": self.best,
+            "classes": list(self.classes),
             "args": args,
         }
         if self.ema is not None:
@@ -69,8 +72,13 @@ class TrainState:
     def from_dict(self, content, path):
         """Take over weights and, where optimizer, schedule and epoch are all there, the whole state.
 
-        `path` is named in the messages. Raises ValueError where a part is not of this network or optimizer.
+        `path` is named in the messages. Raises ValueError where a part is not of this network or optimizer, or
+        where the classes have other names.
         """
+        if differing := other_names(classes_in(content), self.classes):
+            raise ValueError(
+                f"{path} is of other classes than the data, {differing}: check --data-path, or --finetune it."
+            )
         load_weights(self.model, weights_in(content, path), path)
         if self.ema is not None:
             if "model_ema" in content:
@@ -222,6 +230,21 @@ def weights_in(content, path):
     if not isinstance(weights, dict) or not weights or not all(torch.is_tensor(value) for value in weights.values()):
         raise ValueError(f"{path} holds no state dict: neither under 'model' nor as the file itself.")
     return weights
+
+
+def classes_in(content):
+    """The names of the classes that a checkpoint holds, a list; None in a bare state dict and in the authors' files."""
+    classes = content.get("classes") if isinstance(content, dict) else None
+    named = isinstance(classes, list) and classes and all(isinstance(name, str) for name in classes)
+    return classes if named else None
+
+
+def other_names(there, here):
+    """The first class whose name in a checkpoint is not that of the data, in words; "" if all agree or are unknown."""
+    for i, (old, new) in enumerate(zip(there or (), here or ())):
+        if old != new:
+            return f"whose class {i} is {old!r} there and {new!r} here"
+    return ""
 
 
 def is_head(key):

@@ -110,6 +110,8 @@ def evaluate_checkpoint(args, device):
     autocast, _, precision = mixed_precision(options.requested_amp(args), device)
     content = checkpoint.read(resume)
     checkpoint.load_weights(model, checkpoint.weights_in(content, resume), resume)
+    if differing := checkpoint.other_names(checkpoint.classes_in(content), classes):
+        say(f"Warning: {resume} is of other classes than the validation images, {differing}: check --data-path.")
 
     def measured(name, prefix):
         tally = report.Tally(len(classes), device)
@@ -148,7 +150,7 @@ class Run:
             save_memory(model)
         self.n_parameters = sum(p.numel() for p in model.parameters())
         optimizer = build_optimizer(args, model)
-        self.state = TrainState(model, optimizer, build_scheduler(args, optimizer), scaler)
+        self.state = TrainState(model, optimizer, build_scheduler(args, optimizer), scaler, classes=classes)
         # Both orders exist before the first step, so that a set too small is found now and not in epoch 30.
         self.labelled_order, self.unlabelled_order = (
             views and training_order(len(views), self.world, self.rank, args.seed, args.repeated_aug)

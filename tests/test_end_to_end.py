@@ -156,6 +156,7 @@ def test_eval_needs_val_and_the_checkpoint_alone_and_a_published_file_does(two_r
     (tmp_path / "data/val").symlink_to(tree / "val")
     content = torch.load(out / "checkpoint.pth", weights_only=False)
     del content["scaler"], content["best"]
+    content["classes"] = ["class0", "dog", "class2"]  # told, not refused; the authors' file has no names
     torch.save(content, tmp_path / "semiformer.pth")
     words = [
         *SMALL,
@@ -170,7 +171,8 @@ def test_eval_needs_val_and_the_checkpoint_alone_and_a_published_file_does(two_r
     run_main(*words, "--data-split-file", "nowhere.txt", "--output_dir", tmp_path)
     result = json.loads((tmp_path / "eval.json").read_text())
     assert result["acc1"] == pytest.approx(log(out)[-1]["test_acc1"]) and "ema" in result
-    assert f"raw top-1 {result['acc1']:.3f}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"raw top-1 {result['acc1']:.3f}" in said and "whose class 1 is 'dog' there and 'class1' here" in said
 
 
 def test_eval_script_prints_ours_beside_the_published_figure(two_ranks, tree, tmp_path):
