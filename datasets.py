@@ -312,6 +312,13 @@ def build_training_sets(args, semi_supervised):
     return labelled_views, Views(pool, others, *both, tolerated=_tolerated(args, others), finish=finish)
 
 
+def evaluation_view(args):
+    """The view of evaluation that the flags ask for; with `--data-backend fast` of uint8 tensors."""
+    if args.data_set in FIXMATCH:
+        return cifar_eval_view(args.input_size, FIXMATCH[args.data_set])
+    return (fast_eval_view if args.data_backend == "fast" else eval_view)(args.input_size)
+
+
 def build_validation_set(args, classes=None):
     """The evaluation set, as `val/` of the data path. Raises ValueError listing the classes only one of the two has.
 
@@ -330,9 +337,4 @@ def build_validation_set(args, classes=None):
             f"The classes of train/ and val/ in {args.data_path} differ: "
             f"val/ lacks {missing[:10]}, train/ lacks {extra[:10]}."
         )
-    size = args.input_size
-    if args.data_set in FIXMATCH:
-        view = cifar_eval_view(size, FIXMATCH[args.data_set])
-    else:
-        view = (fast_eval_view if args.data_backend == "fast" else eval_view)(size)
-    return Views(samples, np.arange(len(samples)), view, finish=_finish(args))
+    return Views(samples, np.arange(len(samples)), evaluation_view(args), finish=_finish(args))

@@ -1,6 +1,7 @@
 """The program as users start it: torchrun, Slurm's environment, a plain process; stop, resume, evaluate."""
 
 import argparse
+import csv
 import json
 import os
 import re
@@ -117,6 +118,11 @@ def test_the_logged_figures_are_those_of_the_checkpoint_on_any_number_of_ranks(t
         for name, value in meters(record, prefix).items():
             if not name.startswith("ema_"):
                 assert ours[name] == pytest.approx(value, **({"rel": 1e-6} if "loss" in name else {"abs": 1e-9})), name
+    for ours, prefix in ((result, ""), (result["ema"], "ema_")):
+        with open(tmp_path / f"{prefix}per_class.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["images"] for row in rows] == ["7"] * 3 and 0 < ours["ece"] < 1
+        assert sum(float(row["top1_cnn"]) for row in rows) / 3 == pytest.approx(ours["acc1_head1"], abs=1e-3)
 
 
 def test_a_stopped_run_resumes_and_ends_as_one_never_stopped(two_ranks, tmp_path):
