@@ -19,19 +19,16 @@ from matplotlib.patches import FancyBboxPatch
 ROOT = Path(__file__).resolve().parents[1]
 DATA, METHOD, NETWORK, STATE, INK = "#6E6E6E", "#0072B2", "#D55E00", "#009E73", "#222222"  # Okabe and Ito, 2008
 TINTS = {DATA: "#EEEEEE", METHOD: "#DCECF6", NETWORK: "#FBE6D9", STATE: "#DDF1EA", INK: "#FFFFFF"}
-WIDTH, HEIGHT, DPI = 100, 58, 150
+WIDTH, HEIGHT, DPI = 100, 56, 150
 HUBS = ("semi_main", "utils")  # bars as wide as the canvas
+PROGRAMS = {"semi_main": "o", "predict": "s", "hubconf": "^"}  # marks in the rooms they import, instead of arrows
 ROOMS = {  # name: left edge, lower edge, width, what it is for, colour
-    "run_with_submitit": (1, 50, 22, "the same run as a Slurm job", INK),
-    "options": (59, 50, 18, "every flag", INK),
-    "optimization": (79, 50, 20, "AdamW, schedule, amp", INK),
-    "semi_main": (
-        1,
-        42,
-        98,
-        "builds everything from the flags, then the epoch loop; imports every room with a dot",
-        INK,
-    ),
+    "run_with_submitit": (1, 50, 23, "the same run as a Slurm job", INK),
+    "predict": (25.5, 50, 18, "images to classes", INK),
+    "hubconf": (45.5, 50, 13, "torch.hub", INK),
+    "options": (61, 50, 15, "every flag", INK),
+    "optimization": (78, 50, 21, "AdamW, schedule, amp", INK),
+    "semi_main": (1, 42, 98, "builds everything from the flags, then the epoch loop", INK),
     "datasets": (3, 32, 20, "which images", DATA),
     "cifar": (3, 25, 9.3, "", DATA),
     "fashion": (13.7, 25, 9.3, "", DATA),
@@ -39,15 +36,18 @@ ROOMS = {  # name: left edge, lower edge, width, what it is for, colour
     "images": (3, 11, 20, "one file, decoded", DATA),
     "transforms": (25.5, 32, 13, "the views", DATA),
     "randaugment": (25.5, 25, 13, "", DATA),
-    "loading": (41, 32, 12, "batches", DATA),
-    "samplers": (41, 25, 12, "orders", DATA),
+    "loading": (41.5, 32, 11.5, "batches", DATA),
+    "samplers": (41.5, 25, 11.5, "orders", DATA),
     "engine": (57, 32, 15, "the step", METHOD),
     "pseudo_labels": (57, 25, 15, "the idea", METHOD),
     "losses": (57, 18, 15, "the objective", METHOD),
     "models": (57, 11, 15, "the networks", NETWORK),
-    "output_folder": (76, 32, 14.5, "files of a run", STATE),
-    "starts": (91.5, 32, 7.5, "", STATE),
-    "checkpoint": (76, 25, 23, "what survives", STATE),
+    "pretrained": (41.5, 11, 11.5, "from a file", NETWORK),
+    "output_folder": (77.5, 32, 13.5, "files of a run", STATE),
+    "starts": (91.8, 32, 7.2, "", STATE),
+    "checkpoint": (77.5, 25, 21.5, "what survives", STATE),
+    "curves": (77.5, 13, 9.7, "", STATE),
+    "report": (89.3, 13, 9.7, "", STATE),
     "utils": (1, 1, 98, "process group, seeds, meters, log", INK),
 }
 TALL = 5
@@ -55,12 +55,15 @@ WAYS = {  # arrows that go round something: points from start to end
     ("datasets", "readers"): [(13, 32), (13, 23)],
     ("datasets", "images"): [(3, 34.5), (1.3, 34.5), (1.3, 13.5), (3, 13.5)],
     ("datasets", "transforms"): [(23, 34.5), (25.5, 34.5)],
-    ("loading", "transforms"): [(41, 34.5), (38.5, 34.5)],
-    ("loading", "images"): [(41, 33), (39.8, 33), (39.8, 13.5), (23, 13.5)],
-    ("loading", "utils"): [(53, 34.5), (54.7, 34.5), (54.7, 6)],
-    ("engine", "losses"): [(57, 33.5), (55.8, 33.5), (55.8, 20.5), (57, 20.5)],
-    ("engine", "utils"): [(72, 34.5), (73.7, 34.5), (73.7, 6)],
-    ("output_folder", "utils"): [(76, 34.5), (74.8, 34.5), (74.8, 6)],
+    ("loading", "transforms"): [(41.5, 34.5), (38.5, 34.5)],
+    ("loading", "images"): [(41.5, 33), (40.5, 33), (40.5, 12.5), (23, 12.5)],
+    ("loading", "utils"): [(53, 34.5), (54.5, 34.5), (54.5, 6)],
+    ("pretrained", "transforms"): [(41.5, 14.5), (39.6, 14.5), (39.6, 33), (38.5, 33)],
+    ("pretrained", "models"): [(53, 13.5), (57, 13.5)],
+    ("pretrained", "checkpoint"): [(47.25, 11), (47.25, 8.5), (76, 8.5), (76, 27.5), (77.5, 27.5)],
+    ("engine", "losses"): [(57, 33.5), (55.6, 33.5), (55.6, 20.5), (57, 20.5)],
+    ("engine", "utils"): [(72, 34.5), (73.5, 34.5), (73.5, 6)],
+    ("output_folder", "utils"): [(77.5, 34.5), (74.8, 34.5), (74.8, 6)],
     ("starts", "utils"): [(99, 34.5), (99.6, 34.5), (99.6, 8), (98, 8), (98, 6)],
 }
 
@@ -85,8 +88,8 @@ def middle(name):
     return x + width / 2, y
 
 
-def box(ax, name, dotted):
-    """A room: its name, and below it what it is for."""
+def box(ax, name, marks):
+    """A room: its name, below it what it is for, and on its edge the marks of the programs that import it."""
     x, y, width, text, colour = ROOMS[name]
     shape = "round,pad=0,rounding_size=0.8"
     ax.add_patch(FancyBboxPatch((x, y), width, TALL, shape, fc=TINTS[colour], ec=colour, lw=1.4))
@@ -96,8 +99,10 @@ def box(ax, name, dotted):
     else:
         ax.text(x + width / 2, y + (3.4 if text else 2.5), name, ha="center", va="center", weight="bold")
         ax.text(x + width / 2, y + 1.4, text, ha="center", va="center")
-    if dotted:
-        ax.plot([x + 0.9], [y + TALL - 0.9], "o", color=INK, ms=4.5)
+    if name in PROGRAMS:
+        ax.plot([x + 1.5], [y + TALL / 2], PROGRAMS[name], color=INK, ms=7)
+    for i, mark in enumerate(marks):
+        ax.plot([x + 1.2 + 1.3 * i], [y + TALL], mark, color=INK, ms=5)
 
 
 def arrow(ax, points, colour):
@@ -110,16 +115,21 @@ def arrow(ax, points, colour):
 
 
 def draw(ax, arrows):
-    """All rooms and arrows; those of semi_main are dots in the rooms it imports, or nothing else could be seen."""
+    """All rooms and arrows; those of the programs are marks in the rooms they import, or nothing else could be seen."""
+    there = {name for pair in arrows for name in pair}
     for a, b in sorted(arrows):
-        if a == "semi_main":
+        if a in PROGRAMS:
             continue
         (x, y), (end, below) = middle(a), middle(b)
         if b in HUBS or a in ("cifar", "fashion"):
             end = x
         arrow(ax, WAYS.get((a, b), [(x, y), (end, below + TALL)]), ROOMS[a][4])
-    for name in ROOMS:
-        box(ax, name, ("semi_main", name) in arrows)
+    for name in filter(there.__contains__, ROOMS):
+        box(ax, name, [mark for program, mark in PROGRAMS.items() if (program, name) in arrows])
+    words = {"o": "imported by semi_main", "s": "by predict", "^": "by hubconf"}
+    for x, program in zip((26, 51, 67), filter(there.__contains__, PROGRAMS)):
+        ax.plot([x], [39.6], PROGRAMS[program], color=INK, ms=5)
+        ax.text(x + 1.2, 39.6, words[PROGRAMS[program]], va="center")
 
 
 def main():
