@@ -5,7 +5,8 @@ _has_everything() {
 import importlib.metadata as m, sys
 from pathlib import Path
 from packaging.requirements import Requirement  # pytest and matplotlib bring it
-import matplotlib, numpy, pytest, sklearn, submitit, tensorboard, timm, torch, torchvision  # a pair that does not match fails here
+import matplotlib, numpy, onnx, onnxruntime, onnxscript, pytest, safetensors, sklearn, submitit, tensorboard  # they import...
+import timm, torch, torchvision  # ...and a pair that does not match fails here
 lines = [l for f in ("requirements.txt", "requirements-dev.txt") for l in Path(f).read_text().splitlines() if ">=" in l]
 sys.exit(any(not r.specifier.contains(m.version(r.name), prereleases=True) for r in map(Requirement, lines)))
 PY
