@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import json
 import os
 import pathlib
 import pickle
@@ -39,6 +40,7 @@ class TrainState:
         ema: timm's ModelEmaV3, or None.
         epoch: last finished epoch, -1 before the first.
         best: {"acc1": best top-1 in percent, "epoch": its epoch}, of the raw weights.
+        classes: names of the classes, in the order of their indices.
     """
 
     model: Any
@@ -48,9 +50,10 @@ class TrainState:
     ema: Any = None
     epoch: int = -1
     best: dict = field(default_factory=lambda: {"acc1": 0.0, "epoch": -1})
+    classes: tuple = ()
 
     def to_dict(self, args):
-        """The published keys `model optimizer lr_scheduler epoch model_ema args`; ours: `scaler best plateau`."""
+        """The published keys `model optimizer lr_scheduler epoch model_ema args`, and ours."""
         content = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -58,6 +61,7 @@ class TrainState:
             "epoch": self.epoch,
             "scaler": self.scaler.state_dict(),
             "best": self.best,
+            "classes": list(self.classes),
             "args": args,
         }
         if self.ema is not None:
@@ -69,8 +73,13 @@ class TrainState:
     def from_dict(self, content, path):
         """Take over weights and, where optimizer, schedule and epoch are all there, the whole state.
 
-        `path` is named in the messages. Raises ValueError where a part is not of this network or optimizer.
+        `path` is named in the messages. Raises ValueError where a part is not of this network or optimizer, or
+        where the classes have other names.
         """
+        if differing := other_names(classes_in(content), self.classes):
+            raise ValueError(
+                f"{path} is of other classes than the data, {differing}: check --data-path, or --finetune it."
+            )
         load_weights(self.model, weights_in(content, path), path)
         if self.ema is not None:
             if "model_ema" in content:
@@ -193,11 +202,15 @@ DAMAGE = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeE
 def read(path):
     """Read a checkpoint, a path or URL, onto the CPU without running anything pickled in it.
 
+    A file that ends in .safetensors is one of `save_safetensors`.
+
     Raises OSError or ValueError naming the file: not there, not readable, damaged, or holding foreign classes.
     """
     path = fetch(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no checkpoint {path}.")
+    if str(path).endswith(".safetensors"):
+        return _read_safetensors(path)
     try:
         _check_sums(path)
         with torch.serialization.safe_globals(SAFE_CLASSES):
@@ -216,12 +229,62 @@ def read(path):
         raise ValueError(f"Cannot read the checkpoint {path}, it is damaged or no PyTorch file: {reason}") from error
 
 
+def _safetensors():
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        raise ValueError("Safetensors files need the package safetensors: pip install safetensors.") from error
+    return safetensors
+
+
+def save_safetensors(weights, about, path):
+    """Write a state dict and what else `read` shall give of it, {"classes", "epoch", "args": a dict}, as safetensors.
+
+    Raises OSError naming the file, ValueError where the package is missing.
+    """
+    tensors = {key: value.contiguous() for key, value in weights.items()}
+    metadata = {"format": "pt", "semiformer": json.dumps(about, default=str)}  # transformers wants a format
+    content = _safetensors().torch.save(tensors, metadata)
+    with writing(path, "--output"):
+        temporary = f"{path}.tmp"
+        with open(temporary, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+
+
+def _read_safetensors(path):
+    package = _safetensors()
+    try:
+        with package.safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("semiformer", "{}"))
+            weights = {key: file.get_tensor(key) for key in file.keys()}
+    except (package.SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"Cannot read {path}, it is damaged or no safetensors file: {error}") from error
+    flags = {"args": argparse.Namespace(**about["args"])} if "args" in about else {}
+    return {**about, "model": weights, **flags}
+
+
 def weights_in(content, path):
     """The state dict in a checkpoint: under `model`, or the file itself if it is a bare one."""
     weights = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not weights or not all(torch.is_tensor(value) for value in weights.values()):
         raise ValueError(f"{path} holds no state dict: neither under 'model' nor as the file itself.")
     return weights
+
+
+def classes_in(content):
+    """The names of the classes that a checkpoint holds, a list; None in a bare state dict and in the authors' files."""
+    classes = content.get("classes") if isinstance(content, dict) else None
+    named = isinstance(classes, list) and classes and all(isinstance(name, str) for name in classes)
+    return classes if named else None
+
+
+def other_names(there, here):
+    """The first class whose name in a checkpoint is not that of the data, in words; "" if all agree or are unknown."""
+    for i, (old, new) in enumerate(zip(there or (), here or ())):
+        if old != new:
+            return f"whose class {i} is {old!r} there and {new!r} here"
+    return ""
 
 
 def is_head(key):

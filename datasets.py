@@ -16,10 +16,9 @@ from readers import image_csv, image_folder, image_list, inat, read_split, unlab
 from transforms import (
     FIXMATCH,
     DeviceFinish,
-    cifar_eval_view,
     cifar_strong_view,
     cifar_weak_view,
-    eval_view,
+    evaluation_view,
     fast_eval_view,
     fast_train_view,
     fast_weak_view,
@@ -312,6 +311,12 @@ def build_training_sets(args, semi_supervised):
     return labelled_views, Views(pool, others, *both, tolerated=_tolerated(args, others), finish=finish)
 
 
+def validation_view(args):
+    """The view of evaluation that the flags ask for; with `--data-backend fast` of uint8 tensors."""
+    fast = args.data_backend == "fast"
+    return fast_eval_view(args.input_size) if fast else evaluation_view(args.data_set, args.input_size)
+
+
 def build_validation_set(args, classes=None):
     """The evaluation set, as `val/` of the data path. Raises ValueError listing the classes only one of the two has.
 
@@ -330,9 +335,4 @@ def build_validation_set(args, classes=None):
             f"The classes of train/ and val/ in {args.data_path} differ: "
             f"val/ lacks {missing[:10]}, train/ lacks {extra[:10]}."
         )
-    size = args.input_size
-    if args.data_set in FIXMATCH:
-        view = cifar_eval_view(size, FIXMATCH[args.data_set])
-    else:
-        view = (fast_eval_view if args.data_backend == "fast" else eval_view)(size)
-    return Views(samples, np.arange(len(samples)), view, finish=_finish(args))
+    return Views(samples, np.arange(len(samples)), validation_view(args), finish=_finish(args))

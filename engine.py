@@ -4,6 +4,7 @@ import itertools
 import math
 from collections import deque
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -49,6 +50,7 @@ def train_step(
     mixup=None,
     clip_grad=None,
     micro_batch=(0, 1),
+    with_norm=False,
 ):
     """The loss of a batch and its gradient; then, with the last batch of its group, the optimizer step.
 
@@ -63,8 +65,10 @@ def train_step(
         autocast: makes the context of the forward passes and the losses.
         consistent: add the consistency loss.
         micro_batch: (place, size): the batch's place in its group, from 0, and how many the group has.
+        with_norm: measure the gradient.
     Returns (parts, diagnosis): {name: 0-d tensor} and {name: (0-d tensor, count)}, both on the device; under fp16
-    the diagnosis of a step has `skipped`, 1.0 where the scaler left it out, else 0.0.
+    the diagnosis of a step has `skipped`, 1.0 where the scaler left it out, else 0.0; `with_norm` it has `grad_norm`,
+    the L2 norm of the gradient before clipping, of count 0 where that is not finite.
     """
     place, size = micro_batch
     # DDP exchanges the gradients of a group once, with its last batch.
@@ -75,7 +79,7 @@ def train_step(
             state.optimizer.zero_grad(set_to_none=True)
         state.scaler.scale(loss / size).backward()
     if place == size - 1:
-        diagnosis |= _update(state, clip_grad)
+        diagnosis |= _update(state, clip_grad, with_norm)
     return parts, diagnosis
 
 
@@ -105,22 +109,27 @@ def _loss(student, teacher, labelled, unlabelled, recipe, autocast, consistent, 
     return loss, parts, diagnosis
 
 
-def _update(state, clip_grad):
-    """Clip, step and EMA; {'skipped': (1.0 or 0.0, 1)} where there is a gradient scaler."""
-    skipped = {}
+def _update(state, clip_grad, with_norm):
+    """Clip, step and EMA; the diagnosis of a step, where there is a gradient scaler or `with_norm`."""
+    diagnosis, norm = {}, None
+    scale = state.scaler.get_scale() if state.scaler.is_enabled() else None
     if clip_grad is not None:
         state.scaler.unscale_(state.optimizer)
-        torch.nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad)
-    scale = state.scaler.get_scale() if state.scaler.is_enabled() else None
+        norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad)
+    elif with_norm:
+        gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients) / (scale or 1)
+    if with_norm:
+        diagnosis["grad_norm"] = norm.nan_to_num(posinf=0), norm.isfinite()
     state.scaler.step(state.optimizer)
     state.scaler.update()
     if scale is not None:
         # fp16 overflows now and then: the scaler leaves the step out and halves its scale. `scaler.step` waits for
         # the device to know it, so asking costs nothing more.
-        skipped["skipped"] = float(state.scaler.get_scale() < scale), 1
+        diagnosis["skipped"] = float(state.scaler.get_scale() < scale), 1
     if state.ema is not None:
         state.ema.update(state.model)
-    return skipped
+    return diagnosis
 
 
 class Watch:
@@ -160,6 +169,14 @@ class Watch:
         return None
 
 
+def _report(report, recent, step, seconds, waiting):
+    """Hand the means since the last report on, with the pace of all ranks; and begin anew."""
+    means = recent.means()
+    rate = means.pop("images") * world_and_rank()[0] / seconds
+    recent.clear()
+    report(step, means | {"images_per_second": rate, "step_seconds": seconds, "data_seconds": waiting})
+
+
 def train_one_epoch(
     state,
     student,
@@ -175,10 +192,15 @@ def train_one_epoch(
     clip_grad=None,
     accum_iter=1,
     print_freq=10,
+    report=None,
 ):
     """Train for one epoch; `labelled` and `unlabelled` (or None) yield batches on the device, `steps` of them.
 
     The optimizer steps once for `accum_iter` batches, and once for those left at the end.
+
+    `report(step, scalars)`, where given, is called with every printed line: {name: mean over this process's steps since
+    the last call, or None}, the meters below and `grad_norm` (before clipping), `images_per_second` (of all ranks,
+    labelled and unlabelled, one counted once), `step_seconds` and, of these, `data_seconds` of waiting for the loaders.
 
     Returns {meter: mean over all ranks and steps}: lr, the loss parts and, semi-supervised, the diagnostics; under
     fp16 `skipped`, the share of the steps the gradient scaler left out.
@@ -186,9 +208,10 @@ def train_one_epoch(
     """
     student.train()
     state.model.train()
-    meters, watch = Meters(), Watch(epoch, print_freq)
+    meters, recent, watch = Meters(), Meters(), Watch(epoch, print_freq)
     consistent = unlabelled is not None and recipe.is_consistent(epoch)
-    progress = Progress(f"Epoch {epoch}", steps, print_freq, meters.means)
+    reported = report and partial(_report, report, recent)
+    progress = Progress(f"Epoch {epoch}", steps, print_freq, meters.means, reported)
     batches = zip(labelled, unlabelled if unlabelled is not None else itertools.repeat(None))
     for step, (with_labels, without) in enumerate(progress(batches)):
         parts, diagnosis = train_step(
@@ -203,28 +226,40 @@ def train_one_epoch(
             mixup=mixup,
             clip_grad=clip_grad,
             micro_batch=(step % accum_iter, min(accum_iter, steps - step // accum_iter * accum_iter)),
+            with_norm=report is not None,
         )
         watch.add(step, parts, with_labels, without)
-        meters.update(lr=state.optimizer.param_groups[0]["lr"], **parts)
-        for name, (value, count) in diagnosis.items():
-            meters.update(count, **{name: value})
+        norm = {"grad_norm": diagnosis.pop("grad_norm")} if "grad_norm" in diagnosis else {}
+        lr = state.optimizer.param_groups[0]["lr"]
+        figures = {name: (value, 1) for name, value in {"lr": lr, **parts}.items()} | diagnosis
+        meters.add(figures)
+        if report:
+            images = len(with_labels[0]) + (len(without[0]) if without else 0)
+            recent.add(figures | norm | {"images": (images, 1)})
         if step % print_freq == 0 or step == steps - 1:
             watch.check()
     return meters.means_over_ranks()
 
 
-def _correct(scores, target):
-    """Percent of the images whose class is the top score, and among the top five (or all, if fewer)."""
-    hits = 100.0 * (scores.topk(min(5, scores.shape[1]), dim=1).indices == target[:, None]).double()
+def _ranked(scores):
+    """The classes of the five top scores (of all, if fewer), best first: (N, 5)."""
+    return scores.topk(min(5, scores.shape[1]), dim=1).indices
+
+
+def _correct(ranked, target):
+    """Percent of the images whose class is the first, and among all of `ranked`."""
+    hits = 100.0 * (ranked == target[:, None]).double()
     return hits[:, 0].mean(), hits.sum(1).mean()
 
 
 @torch.no_grad()
-def evaluate(model, batches, *, autocast):
+def evaluate(model, batches, *, autocast, observe=None):
     """Exact accuracy and loss over all ranks' shards; every image counts once.
 
     Args:
         model: bare network. batches: yields (images, labels, ...) on the device, this rank's share.
+        observe: called with each batch's scores, {name: (N, C)}, their best classes, {name: (N, 5)} or fewer, best
+            first, and its labels (N,); the names are what follows `acc1` below.
     Returns {meter: value}: `loss acc1 acc5` and, for two streams, `loss_0 loss_1` (halved cross-entropy of CNN
     and transformer), `acc1_head1 acc5_head1` (CNN), `..._head2` (transformer) and `..._softmax` (mean of the
     softmaxes); `acc1` is that of the summed logits. Accuracies in percent. And `images`, their number.
@@ -242,7 +277,10 @@ def evaluate(model, batches, *, autocast):
                 scores["_softmax"] = sum(x.softmax(1) for x in logits)
                 meters.update(len(target), **{f"loss_{i}": loss for i, loss in enumerate(losses)})
             meters.update(len(target), loss=sum(losses))
-            for name, score in scores.items():
-                top1, top5 = _correct(score, target)
+            ranked = {name: _ranked(score) for name, score in scores.items()}
+            for name, classes in ranked.items():
+                top1, top5 = _correct(classes, target)
                 meters.update(len(target), **{f"acc1{name}": top1, f"acc5{name}": top5})
+            if observe:
+                observe(scores, ranked, target)
     return {**meters.means_over_ranks(), "images": meters.count_over_ranks("loss")}

@@ -242,6 +242,8 @@ def _ema_flags(parser):
 def _checkpoint_flags(parser):
     add = _group(parser, "files: output, resume and initial weights")
     add("--output_dir", default="", help="folder of checkpoints and log.txt; empty: nothing is saved")
+    add("--tensorboard", action="store_true",
+        help="write the curves of the run to OUTPUT_DIR/tensorboard; needs the package tensorboard")
     add("--resume", default="",
         help="checkpoint to go on from, a path or an https URL; auto: the newest complete one of --output_dir, if "
              "there is one; empty: a fresh start")

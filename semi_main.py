@@ -20,8 +20,10 @@ from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import curves
 import options
 import output_folder
+import report
 import utils
 from checkpoint import TrainState
 from datasets import build_training_sets, build_validation_set
@@ -69,7 +71,7 @@ def _distributed(model, device):
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 
-def _evaluate(args, model, views, device, autocast):
+def _evaluate(args, model, views, device, autocast, tally=None):
     world, rank = utils.world_and_rank()
     loader = evaluation_loader(
         views,
@@ -79,7 +81,10 @@ def _evaluate(args, model, views, device, autocast):
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and device.type == "cuda",
     )
-    return evaluate(folded(model), to_device(watched(loader), device, views.finish), autocast=autocast)
+    batches = to_device(watched(loader), device, views.finish)
+    if tally is None:
+        return evaluate(folded(model), batches, autocast=autocast)
+    return evaluate(folded(model), tally.clocked(batches), autocast=autocast, observe=tally.add)
 
 
 def _summary(name, meters):
@@ -95,23 +100,34 @@ def _summary(name, meters):
 
 
 def evaluate_checkpoint(args, device):
-    """`--eval`: the raw and the averaged weights of `--resume` on `val/`; writes OUTPUT/eval.json."""
+    """`--eval`: the raw and the averaged weights of `--resume` on `val/`; writes OUTPUT/eval.json and the reports."""
     resume = output_folder.resume_file(args.resume, args.output_dir)
     if not resume:
         raise ValueError("--eval needs --resume CHECKPOINT, the file to evaluate.")
     views = build_validation_set(args)
-    classes = len(views.samples.classes)
-    model = _network(args, classes, device)
+    classes = views.samples.classes
+    model = _network(args, len(classes), device)
     autocast, _, precision = mixed_precision(options.requested_amp(args), device)
     content = checkpoint.read(resume)
     checkpoint.load_weights(model, checkpoint.weights_in(content, resume), resume)
-    meters = _evaluate(args, model, views, device, autocast)
-    say(_summary("raw", meters))
+    if differing := checkpoint.other_names(checkpoint.classes_in(content), classes):
+        say(f"Warning: {resume} is of other classes than the validation images, {differing}: check --data-path.")
+
+    def measured(name, prefix):
+        tally = report.Tally(len(classes), device)
+        meters = _evaluate(args, model, views, device, autocast, tally)
+        meters |= tally.over_ranks()
+        say(_summary(name, meters) + ", " + report.summary(meters))
+        if args.output_dir:
+            streams = 2 if "acc1_head2" in meters else 1
+            utils.on_main(report.write, args.output_dir, tally, classes, streams, prefix)
+        return meters
+
+    meters = measured("raw", "")
     if "model_ema" in content:
         checkpoint.load_weights(model, content["model_ema"], f"{resume} (model_ema)")
-        meters["ema"] = _evaluate(args, model, views, device, autocast)
-        say(_summary("EMA", meters["ema"]))
-    meters |= {"classes": classes, "checkpoint": resume, "epoch": content.get("epoch"), "amp": precision}
+        meters["ema"] = measured("EMA", "ema_")
+    meters |= {"classes": len(classes), "checkpoint": resume, "epoch": content.get("epoch"), "amp": precision}
     if args.output_dir and utils.is_main():
         utils.write_json(Path(args.output_dir, "eval.json"), meters)
     return meters
@@ -134,13 +150,14 @@ class Run:
             save_memory(model)
         self.n_parameters = sum(p.numel() for p in model.parameters())
         optimizer = build_optimizer(args, model)
-        self.state = TrainState(model, optimizer, build_scheduler(args, optimizer), scaler)
+        self.state = TrainState(model, optimizer, build_scheduler(args, optimizer), scaler, classes=classes)
         # Both orders exist before the first step, so that a set too small is found now and not in epoch 30.
         self.labelled_order, self.unlabelled_order = (
             views and training_order(len(views), self.world, self.rank, args.seed, args.repeated_aug)
             for views in (self.labelled, self.unlabelled)
         )
         self.phases = {semi: self._phase(semi) for semi in {self.is_semi(0), self.is_semi(args.epochs - 1)}}
+        self.curves = None
         self._load()
         if args.model_ema:
             self.state.ema = self.state.ema or self._average()
@@ -185,6 +202,10 @@ class Run:
                     "or set --steps-per-epoch, which repeats images."
                 )
         return *sizes, len(self.labelled_order) // sizes[0]
+
+    def first_step(self, epoch):
+        """The number of the epoch's first step, counted from 0 over all epochs of the flags' plan."""
+        return sum(self.phases[self.is_semi(before)][2] for before in range(epoch))
 
     def describe(self):
         """Say what will happen, and keep it in OUTPUT/run.json before the first step."""
@@ -253,6 +274,7 @@ class Run:
             mixup=self.mixup,
             clip_grad=args.clip_grad,
             accum_iter=args.accum_iter,
+            report=self.curves and self.curves.reporter(self.first_step(epoch)),
         )
 
     def evaluate(self):
@@ -303,6 +325,8 @@ class Run:
                 state.best = {"acc1": meters["acc1"], "epoch": epoch}
             record = {f"train_{k}": v for k, v in train_meters.items()} | {f"test_{k}": v for k, v in meters.items()}
             record |= {"epoch": epoch, "n_parameters": self.n_parameters}
+            if self.curves:
+                self.curves.add("test", self.first_step(epoch + 1) - 1, meters)
         state.scheduler.step(epoch, metric=meters["acc1"] if measured else state.best["acc1"])
         self.save(record)
 
@@ -319,6 +343,8 @@ def train(args, device):
     first, start = run.state.epoch + 1, time.time()
     if first >= args.epochs:
         say(f"Nothing left to train: {run.resumed or 'the start'} is at epoch {first - 1} of --epochs {args.epochs}.")
+    elif args.tensorboard:
+        run.curves = curves.Curves(Path(args.output_dir, "tensorboard"), run.first_step(first))
     for epoch in range(first, args.epochs):
         run.finish_epoch(epoch, run.train_epoch(epoch))
     best = run.state.best
@@ -330,6 +356,8 @@ def main(args):
     """Run what the flags ask for. Raises ValueError or OSError for bad input."""
     options.check(args)
     start_files(args)  # Refuses a flag without its file before any data is read.
+    if args.tensorboard and not args.eval:
+        curves.check(args.output_dir)
     device = utils.init_distributed(args.device, args.dist_url, args.world_size, args.use_submitit)
     if args.output_dir:
         with utils.writing(args.output_dir):

@@ -126,6 +126,12 @@ def on_main(function, *args):
     return outcome[0]
 
 
+def sum_over_ranks(tensor):
+    """Sum a tensor, on the process group's device, over the ranks in place; every rank must call it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+
+
 def broadcast_buffers(*models):
     """Give every rank rank 0's buffers (BatchNorm statistics), so that a logged figure belongs to a checkpoint."""
     if dist.is_initialized():
@@ -172,7 +178,16 @@ class Meters:
     """Weighted means of scalars that stay on the device until someone asks for them."""
 
     def __init__(self):
+        self.clear()
+
+    def clear(self):
+        """Forget what was added."""
         self._sums, self._counts = {}, {}
+
+    def add(self, figures):
+        """Add {name: (mean, number of items it is over)}; each may be a 0-d tensor on the device."""
+        for name, (mean, n) in figures.items():
+            self.update(n, **{name: mean})
 
     def update(self, n=1, **values):
         """Add values that are means over n items each; both may be 0-d tensors on the device."""
@@ -214,11 +229,12 @@ class Progress:
     """Iterate over `total` steps, print a line every `every` with eta, figures, step and data time, memory.
 
     `figures()` is asked for the line's {name: value} only when one is printed, so the device is waited for
-    only then.
+    only then. Where given, `report(i, step seconds, data seconds)` comes with every line, on every process; the
+    seconds are means since the line before.
     """
 
-    def __init__(self, header, total, every=10, figures=dict):
-        self.header, self.total, self.every, self.figures = header, total, every, figures
+    def __init__(self, header, total, every=10, figures=dict, report=None):
+        self.header, self.total, self.every, self.figures, self.report = header, total, every, figures, report
 
     def __call__(self, items):
         start = last = time.perf_counter()
@@ -228,7 +244,10 @@ class Progress:
             yield item
             recent_step.append(time.perf_counter() - last)
             if i % self.every == 0 or i == self.total - 1:
-                self._line(i, start, np.mean(recent_step), np.mean(recent_data))
+                pace = np.mean(recent_step), np.mean(recent_data)
+                self._line(i, start, *pace)
+                if self.report:
+                    self.report(i, *pace)
                 recent_step.clear(), recent_data.clear()
             last = time.perf_counter()
 
@@ -241,13 +260,16 @@ class Progress:
 
 
 @contextmanager
-def writing(path):
-    """Let a failure to write say in one sentence which file it was and what to do; an OSError."""
+def writing(path, flag="--output_dir"):
+    """Let a failure to write say in one sentence which file it was and what to do; an OSError.
+
+    `flag` is the one that decides where the file is.
+    """
     try:
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise OSError(f"Cannot write {path} ({reason}): make room there, or choose another --output_dir.") from error
+        raise OSError(f"Cannot write {path} ({reason}): make room there, or choose another {flag}.") from error
 
 
 def sync_folder(folder):
@@ -259,10 +281,10 @@ def sync_folder(folder):
         os.close(descriptor)
 
 
-def _write_whole(path, text):
-    """Replace a text file so that it is always whole."""
+def write_whole(path, text, flag="--output_dir"):
+    """Replace a text file so that it is always whole. Raises OSError naming it and the flag that decides on it."""
     temporary = f"{path}.tmp"
-    with writing(path):
+    with writing(path, flag):
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -295,7 +317,7 @@ def trim_json_lines(path, epoch):
         aside = path.with_suffix(f".dropped{path.suffix}")
         with writing(aside), open(aside, "a", encoding="utf-8") as file:
             file.write("".join(line.rstrip("\n") + "\n" for line in dropped))
-        _write_whole(path, "".join(kept))
+        write_whole(path, "".join(kept))
     return len(dropped)
 
 
@@ -309,7 +331,7 @@ def _epoch_of(line):
 
 def write_json(path, record):
     """Write one JSON object, indented; the file is always whole. Raises OSError naming it."""
-    _write_whole(path, json.dumps(record, indent=2, default=str) + "\n")
+    write_whole(path, json.dumps(record, indent=2, default=str) + "\n")
 
 
 def environment():

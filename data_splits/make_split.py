@@ -153,12 +153,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("train", metavar="TRAIN_FOLDER", help="folder with a folder of images a class")
     parser.add_argument("out", metavar="OUT", help="folder to write the two lists to")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order (default: %(default)s)")
     amount = parser.add_mutually_exclusive_group(required=True)
     amount.add_argument("--fraction", type=float, metavar="F", help="labelled share, above 0 and at most 1")
     amount.add_argument("--per-class", type=int, metavar="N", help="labelled images of each class")
     parser.add_argument("--balanced", action="store_true", help="the fraction of each class, not of the whole")
-    parser.add_argument("--shards", type=int, default=1020)
+    parser.add_argument("--shards", type=int, default=1020, help="parts of all.txt (default: %(default)s)")
     try:
         print(*make_split(**vars(parser.parse_args())), sep="\n")
     except (OSError, ValueError) as error:

@@ -1,12 +1,12 @@
 """Any timm classifier behind the two-stream contract: a list of logits, here of one tensor."""
 
 import timm
-from timm.models import register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from models.blocks import ConvBlock, recomputed
-from models.semiformer import build, init_weights
+from models.semiformer import build, describe, head, init_weights
 
 
 class SingleStream:
@@ -51,12 +51,21 @@ class ConvStream(nn.Module):
             (4 * width, 4 * width, 2),
         ]
         self.blocks = nn.ModuleList(ConvBlock(a, b, stride, project=a != b or stride > 1) for a, b, stride in shapes)
-        self.head = nn.Linear(4 * width, num_classes)
+        self.head = head(4 * width, num_classes)
         init_weights(self)
 
     def get_classifier(self):
         """The head, as of every network of timm."""
         return self.head
+
+    def reset_classifier(self, num_classes):
+        """A new head of another number of classes; 0: none, the logits are the features."""
+        self.num_classes = num_classes
+        self.head = head(self.num_features, num_classes, like=next(self.parameters()))
+
+    def no_weight_decay(self):
+        """Parameters AdamW must not decay beside biases and 1-d ones: none."""
+        return set()
 
     def set_grad_checkpointing(self, enable=True):
         """Keep only what passes between blocks, and compute a block again in backward."""
@@ -81,52 +90,89 @@ class MyResNet(nn.Module):
     def __init__(self, layout, **kwargs):
         super().__init__()
         self.model = single_stream(timm.create_model(layout, **kwargs))
-        self.num_classes = self.model.num_classes
+        self.num_classes, self.num_features = self.model.num_classes, self.model.num_features
 
     def set_grad_checkpointing(self, enable=True):
         """timm's: compute layers again in backward."""
         self.model.set_grad_checkpointing(enable)
+
+    def get_classifier(self):
+        """timm's: the head."""
+        return self.model.get_classifier()
+
+    def reset_classifier(self, num_classes):
+        """timm's: a new head of another number of classes."""
+        self.num_classes = num_classes
+        self.model.reset_classifier(num_classes)
+
+    def no_weight_decay(self):
+        """Parameters AdamW must not decay beside biases and 1-d ones: none."""
+        return set()
+
+    def forward_features(self, images):
+        """timm's: (N, 3, H, W) -> (N, num_features, H/32, W/32)."""
+        return self.model.forward_features(images)
+
+    def forward_head(self, x, pre_logits=False):
+        """timm's: the map -> logits (N, num_classes), or with `pre_logits` the pooled map."""
+        return self.model.forward_head(x, pre_logits)
 
     def forward(self, images, ret_feat=False):
         """(N, 3, H, W) -> [logits (N, classes)]; with `ret_feat` the pooled features too."""
         return self.model(images, ret_feat)
 
 
-def _resnet(layout, kwargs):
-    return build(lambda **settings: MyResNet(layout, **settings), {}, kwargs)
+default_cfgs = generate_default_cfgs(
+    describe("myresnet50", "myresnet101", "myresnet152", first_conv="model.conv1", classifier="model.fc")
+    | describe("conv_micro", first_conv="stem.0", classifier="head")
+    | describe(
+        *("deit_med_patch16_224", "deit_micro_patch16_224"),
+        first_conv="patch_embed.proj",
+        classifier="head",
+        fixed_input_size=True,
+    )
+)
+
+
+def _resnet(name, kwargs):
+    return build(name, MyResNet, dict(layout=name.removeprefix("my")), kwargs)
 
 
 @register_model
 def myresnet50(**kwargs):
     """timm's resnet50 under the prefix `model.`."""
-    return _resnet("resnet50", kwargs)
+    return _resnet("myresnet50", kwargs)
 
 
 @register_model
 def myresnet101(**kwargs):
     """timm's resnet101 under the prefix `model.`."""
-    return _resnet("resnet101", kwargs)
+    return _resnet("myresnet101", kwargs)
 
 
 @register_model
 def myresnet152(**kwargs):
     """timm's resnet152 under the prefix `model.`."""
-    return _resnet("resnet152", kwargs)
+    return _resnet("myresnet152", kwargs)
 
 
 @register_model
 def deit_med_patch16_224(**kwargs):
     """DeiT between small and base: embedding 576, 9 heads; timm has the other three sizes."""
-    return build(VisionTransformer, dict(patch_size=16, embed_dim=576, depth=12, num_heads=9), kwargs)
+    return build(
+        "deit_med_patch16_224", VisionTransformer, dict(patch_size=16, embed_dim=576, depth=12, num_heads=9), kwargs
+    )
 
 
 @register_model
 def deit_micro_patch16_224(**kwargs):
     """Ours, for the study on two CPU cores: DeiT-tiny's width, four blocks."""
-    return build(VisionTransformer, dict(patch_size=16, embed_dim=192, depth=4, num_heads=3), kwargs)
+    return build(
+        "deit_micro_patch16_224", VisionTransformer, dict(patch_size=16, embed_dim=192, depth=4, num_heads=3), kwargs
+    )
 
 
 @register_model
 def conv_micro(**kwargs):
     """Ours, for the study: the CNN stream of Semiformer_micro alone, wider, so that the size is the same."""
-    return build(ConvStream, dict(width=172), kwargs)
+    return build("conv_micro", ConvStream, dict(width=172), kwargs)

@@ -1,12 +1,12 @@
 """Semiformer with a ConvMixer (Trockman and Kolter, 2022) as its CNN stream."""
 
 import torch
-from timm.models import register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 from torch.nn import functional as F
 
 from models.blocks import ConvTransBlock, enlarged, transformer_block
-from models.semiformer import Semiformer, build
+from models.semiformer import HEADS, Semiformer, build, describe
 
 
 class ConvMixerBlock(nn.Module):
@@ -41,7 +41,7 @@ class SemiformerConvMixer(Semiformer):
             raise ValueError("The ConvMixer variant has no bottleneck: leave out narrow and num_med_block.")
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         dim = self.mixer_dim
-        self.convmix1_embed = nn.Sequential(nn.Conv2d(3, dim, 8, stride=8), nn.GELU(), nn.BatchNorm2d(dim))
+        self.convmix1_embed = nn.Sequential(nn.Conv2d(self.in_chans, dim, 8, stride=8), nn.GELU(), nn.BatchNorm2d(dim))
         self.conv_1 = ConvMixerBlock(dim)
         self.trans_patch_conv = nn.Conv2d(64, self.embed_dim, 4, stride=4)
         self.trans_1 = transformer_block(**self._transformer, drop_path=rates[0])
@@ -62,7 +62,12 @@ class SemiformerConvMixer(Semiformer):
         return self.conv_1(self.convmix1_embed(images))[0]
 
 
+default_cfgs = generate_default_cfgs(
+    describe("Semiformer_convmixer_12depth", first_conv=("conv1", "convmix1_embed.0"), classifier=HEADS)
+)
+
+
 @register_model
 def Semiformer_convmixer_12depth(**kwargs):
     """Semiformer-S with a ConvMixer-768 stream: 40.9 M parameters."""
-    return build(SemiformerConvMixer, dict(embed_dim=384, num_heads=6), kwargs)
+    return build("Semiformer_convmixer_12depth", SemiformerConvMixer, dict(embed_dim=384, num_heads=6), kwargs)

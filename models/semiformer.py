@@ -7,11 +7,13 @@ from functools import partial
 
 import torch
 from timm.layers import resample_abs_pos_embed, trunc_normal_
-from timm.models import register_model
+from timm.models import generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import nn
 from torch.nn import functional as F
 
 from models.blocks import ConvBlock, ConvTransBlock, recomputed, transformer_block
+
+HEADS = ("conv_cls_head", "trans_cls_head")
 
 
 def init_weights(network):
@@ -23,6 +25,17 @@ def init_weights(network):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def head(features, num_classes, like=None):
+    """A linear classifier, (N, features) -> (N, num_classes); for 0 classes, as in timm, the features as they are.
+
+    With `like`, a tensor, it starts as the published ones do, of that tensor's type and on its device.
+    """
+    layer = nn.Linear(features, num_classes) if num_classes else nn.Identity()
+    if like is not None:
+        init_weights(layer.to(like))
+    return layer
 
 
 class Semiformer(nn.Module):
@@ -69,7 +82,7 @@ class Semiformer(nn.Module):
             raise ValueError(f"depth must be a multiple of 3, a third for each width of the CNN, not {depth}.")
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} does not divide into {num_heads} heads.")
-        self.patch_size, self.num_classes, self.embed_dim = patch_size, num_classes, embed_dim
+        self.patch_size, self.num_classes, self.embed_dim, self.in_chans = patch_size, num_classes, embed_dim, in_chans
         self.remove_fcu, self.grad_checkpointing = remove_fcu, False
         self.num_features = base_channel * channel_ratio * 4
         self._transformer = dict(
@@ -81,8 +94,8 @@ class Semiformer(nn.Module):
             self.pos_embed = nn.Parameter(torch.zeros(1, (224 // patch_size) ** 2, embed_dim))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.trans_norm = nn.LayerNorm(embed_dim)  # released code: default eps here, 1e-6 everywhere else.
-        self.trans_cls_head = nn.Linear(embed_dim, num_classes)
-        self.conv_cls_head = nn.Linear(self.num_features, num_classes)
+        self.trans_cls_head = head(embed_dim, num_classes)
+        self.conv_cls_head = head(self.num_features, num_classes)
         self.conv1 = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self._build_stages(base_channel * channel_ratio, depth, drop_path_rate, narrow, num_med_block)
@@ -127,11 +140,39 @@ class Semiformer(nn.Module):
             return []
         return [name for name, _ in self.named_parameters() if ".squeeze_block." in name or ".expand_block." in name]
 
+    def get_classifier(self):
+        """Both heads, (CNN's, transformer's), as timm's distilled DeiT has them."""
+        return self.conv_cls_head, self.trans_cls_head
+
+    def reset_classifier(self, num_classes):
+        """New heads of another number of classes; 0: none, the logits are the features."""
+        self.num_classes = num_classes
+        self.conv_cls_head = head(self.num_features, num_classes, like=self.cls_token)
+        self.trans_cls_head = head(self.embed_dim, num_classes, like=self.cls_token)
+
     def forward(self, images, ret_feat=False):
         """(N, 3, H, W) -> [CNN logits, transformer logits], each (N, num_classes).
 
         With `ret_feat` -> {"output": those, "feat": [(N, num_features), (N, embed_dim)]}: the pooled CNN map and
         the normalised class token. Raises ValueError where H or W is no multiple of the patch size.
+        """
+        features = self.forward_head(self.forward_features(images), pre_logits=True)
+        logits = self._logits(features)
+        return {"output": logits, "feat": features} if ret_feat else logits
+
+    def forward_head(self, streams, pre_logits=False):
+        """What `forward_features` gives -> [CNN logits, transformer logits], or with `pre_logits` their features."""
+        x, tokens = streams
+        features = [x.mean((2, 3)), tokens[:, 0]]
+        return features if pre_logits else self._logits(features)
+
+    def _logits(self, features):
+        return [self.conv_cls_head(features[0]), self.trans_cls_head(features[1])]
+
+    def forward_features(self, images):
+        """(N, 3, H, W) -> CNN map (N, num_features, h, w), normalised tokens (N, 1 + L, embed_dim), class token first.
+
+        Raises ValueError where H or W is no multiple of the patch size.
         """
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
@@ -147,9 +188,7 @@ class Semiformer(nn.Module):
             if name.startswith("conv_trans_"):
                 run = partial(recomputed, stage) if self.grad_checkpointing and self.training else stage
                 x, tokens = run(x, tokens, grid)
-        features = [x.mean((2, 3)), self.trans_norm(tokens)[:, 0]]
-        logits = [self.conv_cls_head(features[0]), self.trans_cls_head(features[1])]
-        return {"output": logits, "feat": features} if ret_feat else logits
+        return x, self.trans_norm(tokens)
 
     def _first_cnn_stage(self, images, stem):
         return self.conv_1(stem)[0]
@@ -162,67 +201,111 @@ class Semiformer(nn.Module):
         return torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
 
 
-def build(network, settings, kwargs):
-    """A network of ours from its published settings and timm's keyword arguments.
+def describe(*names, **about):
+    """timm's `pretrained_cfg` of networks: the names of their `first_conv` and `classifier`, the rest timm's default.
+
+    That is our evaluation view: 224 px, cut from 256 (bicubic), ImageNet's mean and deviation.
+    """
+    return dict.fromkeys(names, about)
+
+
+default_cfgs = generate_default_cfgs(  # timm finds them under this name
+    describe(
+        *("Semiformer_small_patch16", "Semiformer_PE_small_patch16", "Semiformer_tiny_patch16"),
+        *("Semiformer_micro_patch16", "Semiformer_PE_micro_patch16", "Conformer_tiny_patch16"),
+        *("Conformer_small_patch16", "Conformer_small_patch32", "Conformer_base_patch16"),
+        first_conv="conv1",
+        classifier=HEADS,
+    )
+)
+
+
+def build(name, network, settings, kwargs):
+    """A network of ours from its published settings and timm's keyword arguments, with its `pretrained_cfg`.
 
     Raises ValueError for `pretrained=True`: no weights are hosted for these names.
     """
     if kwargs.pop("pretrained", False):
-        raise ValueError("No weights are hosted for this network: build it and load a checkpoint file instead.")
-    for bookkeeping in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-        kwargs.pop(bookkeeping, None)
-    return network(**{**settings, **kwargs})
+        raise ValueError(f"No weights are hosted for {name}: torch.hub.load of hubconf.py takes a checkpoint file.")
+    kwargs.pop("cache_dir", None)
+    about = [kwargs.pop(key, None) for key in ("pretrained_cfg", "pretrained_cfg_overlay")]
+    model = network(**{**settings, **kwargs})
+    model.pretrained_cfg = model.default_cfg = resolve_pretrained_cfg(name, *about).to_dict()
+    return model
 
 
 @register_model
 def Semiformer_small_patch16(**kwargs):
     """Semiformer-S: 41.7 M parameters, 75.5 % ImageNet top-1 with 10 % of the labels."""
-    return build(Semiformer, dict(channel_ratio=4, embed_dim=384, num_heads=6), kwargs)
+    return build("Semiformer_small_patch16", Semiformer, dict(channel_ratio=4, embed_dim=384, num_heads=6), kwargs)
 
 
 @register_model
 def Semiformer_PE_small_patch16(**kwargs):
     """Semiformer-S with a learned position embedding."""
-    return build(Semiformer, dict(channel_ratio=4, embed_dim=384, num_heads=6, pos_embed=True), kwargs)
+    return build(
+        "Semiformer_PE_small_patch16",
+        Semiformer,
+        dict(channel_ratio=4, embed_dim=384, num_heads=6, pos_embed=True),
+        kwargs,
+    )
 
 
 @register_model
 def Semiformer_tiny_patch16(**kwargs):
     """Ours, for experiments: a quarter of the CNN's width, half of the embedding."""
-    return build(Semiformer, dict(channel_ratio=1, embed_dim=192, num_heads=3), kwargs)
+    return build("Semiformer_tiny_patch16", Semiformer, dict(channel_ratio=1, embed_dim=192, num_heads=3), kwargs)
 
 
 @register_model
 def Semiformer_micro_patch16(**kwargs):
     """Ours, for the demo on two CPU cores: one block for each width of the CNN."""
-    return build(Semiformer, dict(channel_ratio=2, embed_dim=128, num_heads=2, depth=3), kwargs)
+    return build(
+        "Semiformer_micro_patch16", Semiformer, dict(channel_ratio=2, embed_dim=128, num_heads=2, depth=3), kwargs
+    )
 
 
 @register_model
 def Semiformer_PE_micro_patch16(**kwargs):
     """Ours, for the study: the same with a learned position embedding."""
-    return build(Semiformer, dict(channel_ratio=2, embed_dim=128, num_heads=2, depth=3, pos_embed=True), kwargs)
+    return build(
+        "Semiformer_PE_micro_patch16",
+        Semiformer,
+        dict(channel_ratio=2, embed_dim=128, num_heads=2, depth=3, pos_embed=True),
+        kwargs,
+    )
 
 
 @register_model
 def Conformer_tiny_patch16(**kwargs):
     """Conformer-Ti: 23.5 M parameters."""
-    return build(Semiformer, dict(channel_ratio=1, embed_dim=384, num_heads=6, narrow=True), kwargs)
+    return build(
+        "Conformer_tiny_patch16", Semiformer, dict(channel_ratio=1, embed_dim=384, num_heads=6, narrow=True), kwargs
+    )
 
 
 @register_model
 def Conformer_small_patch16(**kwargs):
     """Conformer-S: 37.7 M parameters."""
-    return build(Semiformer, dict(channel_ratio=4, embed_dim=384, num_heads=6, narrow=True), kwargs)
+    return build(
+        "Conformer_small_patch16", Semiformer, dict(channel_ratio=4, embed_dim=384, num_heads=6, narrow=True), kwargs
+    )
 
 
 @register_model
 def Conformer_small_patch32(**kwargs):
     """Conformer-S with 32-pixel patches: 38.9 M parameters."""
-    return build(Semiformer, dict(patch_size=32, channel_ratio=4, embed_dim=384, num_heads=6, narrow=True), kwargs)
+    return build(
+        "Conformer_small_patch32",
+        Semiformer,
+        dict(patch_size=32, channel_ratio=4, embed_dim=384, num_heads=6, narrow=True),
+        kwargs,
+    )
 
 
 @register_model
 def Conformer_base_patch16(**kwargs):
     """Conformer-B: 83.3 M parameters."""
-    return build(Semiformer, dict(channel_ratio=6, embed_dim=576, num_heads=9, narrow=True), kwargs)
+    return build(
+        "Conformer_base_patch16", Semiformer, dict(channel_ratio=6, embed_dim=576, num_heads=9, narrow=True), kwargs
+    )

@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-LEFT_OUT = ("output_dir", "resume", "seed", "num_workers")
+LEFT_OUT = ("output_dir", "resume", "seed", "num_workers", "tensorboard")
 COLUMNS = {
     "test_acc1": "top-1 %",
     "test_acc1_head1": "CNN %",

@@ -2,12 +2,13 @@
 # Usage: source script/setup.sh   (from the repository root)
 _has_everything() {
     "$1" - <<'PY' 2>/dev/null
-import importlib.metadata as m, re, sys
+import importlib.metadata as m, sys
 from pathlib import Path
-import matplotlib, numpy, pytest, sklearn, submitit, timm, torch, torchvision  # a pair that does not match fails here
+from packaging.requirements import Requirement  # pytest and matplotlib bring it
+import matplotlib, numpy, onnx, onnxruntime, onnxscript, pytest, safetensors, sklearn, submitit, tensorboard  # they import...
+import timm, torch, torchvision  # ...and a pair that does not match fails here
 lines = [l for f in ("requirements.txt", "requirements-dev.txt") for l in Path(f).read_text().splitlines() if ">=" in l]
-number = lambda text: [int(n) for n in re.findall(r"\d+", text)[:3]]
-sys.exit(any(number(m.version(name)) < number(least) for name, least in (l.split(">=") for l in lines)))
+sys.exit(any(not r.specifier.contains(m.version(r.name), prereleases=True) for r in map(Requirement, lines)))
 PY
 }
 

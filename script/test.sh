@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Set up if needed, then run every test. Arguments go to pytest: bash script/test.sh -k policies
+# Set up if needed, then check style and run every test. Arguments go to pytest: bash script/test.sh -k policies
 # With --slurm first: the tests that need a Slurm instead, on one of two nodes that lives as long as they run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source script/setup.sh
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
 [[ ${1:-} == --slurm ]] || exec "$PYTHON" -m pytest "$@"
 trap 'bash script/slurm_sandbox.sh stop' EXIT
 if said=$(bash script/slurm_sandbox.sh start 2>&1); then

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections import OrderedDict
+from copy import deepcopy
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def test_the_file_has_the_published_keys_and_replaces_the_old_one_whole(tmp_path
     path, state = tmp_path / "checkpoint.pth", state_of()
     checkpoint.save(state.to_dict(argparse.Namespace()), path)
     published = {"model", "optimizer", "lr_scheduler", "epoch", "model_ema", "args"}
-    assert set(checkpoint.read(path)) == published | {"scaler", "best"}
+    assert set(checkpoint.read(path)) == published | {"scaler", "best", "classes"}
     assert os.listdir(tmp_path) == ["checkpoint.pth"]
     before = path.read_bytes()
     monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("No space left on device")))
@@ -150,7 +151,7 @@ def test_a_file_that_may_not_grow_leaves_both_checkpoints_and_a_sentence(tmp_pat
 def test_a_published_file_loads_with_its_namespace_and_paths(tmp_path):
     state = state_of()
     content = {**state.to_dict(None), "args": argparse.Namespace(lr=1e-3, output_dir=pathlib.PosixPath("out"), gpu=0)}
-    del content["scaler"], content["best"]
+    del content["scaler"], content["best"], content["classes"]
     torch.save(content, tmp_path / "semiformer.pth")
     loaded = checkpoint.read(tmp_path / "semiformer.pth")
     assert loaded["args"].lr == 1e-3 and str(loaded["args"].output_dir) == "out"
@@ -231,6 +232,19 @@ def test_any_flipped_bit_or_cut_gives_the_same_content_or_one_sentence(tmp_path,
     assert legacy or refused > 100
 
 
+def test_a_safetensors_file_holds_weights_names_and_flags_or_is_named(tmp_path):
+    weights, path = state_of().model.state_dict(), tmp_path / "model.safetensors"
+    checkpoint.save_safetensors(weights, {"classes": ["cat"], "epoch": 3, "args": {"lr": 0.1}}, path)
+    content = checkpoint.read(path)
+    assert same(dict(sorted(content["model"].items())), dict(sorted(weights.items())))
+    assert (content["classes"], content["epoch"], content["args"]) == (["cat"], 3, argparse.Namespace(lr=0.1))
+    for damaged in (path.read_bytes()[:-1], b"", b"x" * 100):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"Cannot read .*model\.safetensors, it is damaged or no saf") as said:
+            checkpoint.read(path)
+        assert "\n" not in str(said.value)
+
+
 def test_other_networks_and_class_counts_are_named():
     model, weights = state_of(3).model, state_of(7).model.state_dict()
     with pytest.raises(ValueError, match="The head in a.pth has 7 classes, but the data has 3 class folders"):
@@ -244,6 +258,26 @@ def test_other_networks_and_class_counts_are_named():
         checkpoint.load_weights(model, wide, "a.pth")
     with pytest.raises(ValueError, match="a.pth holds no state dict"):
         checkpoint.weights_in({"epoch": 3}, "a.pth")
+
+
+def test_a_checkpoint_keeps_the_class_names_and_goes_on_with_these_only(tmp_path):
+    first, second, third = state_of(), state_of(seed=4), state_of(seed=5)
+    first.classes, second.classes = ("cat", "dog", "maître"), ("cat", "cow", "maître")
+    checkpoint.save(first.to_dict(None), tmp_path / "a.pth")
+    content = checkpoint.read(tmp_path / "a.pth")
+    assert checkpoint.classes_in(content) == ["cat", "dog", "maître"]
+    before = deepcopy(second.model)
+    with pytest.raises(ValueError, match="a.pth is of other classes than the data, whose class 1 is 'dog' there and"):
+        second.from_dict(content, "a.pth")
+    assert equal(second.model, before)
+    third.from_dict(content, "a.pth")  # of data without names, as before
+    second.from_dict({key: value for key, value in content.items() if key != "classes"}, "a.pth")
+    assert equal(second.model, first.model) and equal(third.model, first.model)
+
+
+@pytest.mark.parametrize("content", [{}, [1], {"classes": []}, {"classes": [1, 2]}, {"classes": "cat"}])
+def test_what_is_no_list_of_names_is_no_class_names(content):
+    assert checkpoint.classes_in(content) is None
 
 
 def test_an_optimizer_of_another_kind_is_named():

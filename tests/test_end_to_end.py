@@ -1,6 +1,7 @@
 """The program as users start it: torchrun, Slurm's environment, a plain process; stop, resume, evaluate."""
 
 import argparse
+import csv
 import json
 import os
 import re
@@ -117,6 +118,11 @@ def test_the_logged_figures_are_those_of_the_checkpoint_on_any_number_of_ranks(t
         for name, value in meters(record, prefix).items():
             if not name.startswith("ema_"):
                 assert ours[name] == pytest.approx(value, **({"rel": 1e-6} if "loss" in name else {"abs": 1e-9})), name
+    for ours, prefix in ((result, ""), (result["ema"], "ema_")):
+        with open(tmp_path / f"{prefix}per_class.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["images"] for row in rows] == ["7"] * 3 and 0 < ours["ece"] < 1
+        assert sum(float(row["top1_cnn"]) for row in rows) / 3 == pytest.approx(ours["acc1_head1"], abs=1e-3)
 
 
 def test_a_stopped_run_resumes_and_ends_as_one_never_stopped(two_ranks, tmp_path):
@@ -150,6 +156,7 @@ def test_eval_needs_val_and_the_checkpoint_alone_and_a_published_file_does(two_r
     (tmp_path / "data/val").symlink_to(tree / "val")
     content = torch.load(out / "checkpoint.pth", weights_only=False)
     del content["scaler"], content["best"]
+    content["classes"] = ["class0", "dog", "class2"]  # told, not refused; the authors' file has no names
     torch.save(content, tmp_path / "semiformer.pth")
     words = [
         *SMALL,
@@ -164,7 +171,8 @@ def test_eval_needs_val_and_the_checkpoint_alone_and_a_published_file_does(two_r
     run_main(*words, "--data-split-file", "nowhere.txt", "--output_dir", tmp_path)
     result = json.loads((tmp_path / "eval.json").read_text())
     assert result["acc1"] == pytest.approx(log(out)[-1]["test_acc1"]) and "ema" in result
-    assert f"raw top-1 {result['acc1']:.3f}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"raw top-1 {result['acc1']:.3f}" in said and "whose class 1 is 'dog' there and 'class1' here" in said
 
 
 def test_eval_script_prints_ours_beside_the_published_figure(two_ranks, tree, tmp_path):

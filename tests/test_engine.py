@@ -1,6 +1,7 @@
 """The step, the epoch and the evaluation against the published numbers and obvious slow versions."""
 
 import argparse
+import math
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -392,3 +393,50 @@ def test_a_step_never_waits_for_the_gpu():
         train_step(state, model, model, labelled, unlabelled, recipe, autocast=autocast, consistent=True, clip_grad=1.0)
         torch.cuda.set_sync_debug_mode("error")
     torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("clip_grad", [None, 0.01])
+@pytest.mark.parametrize("scale", [None, 2.0**10])
+def test_the_gradient_norm_is_that_before_clipping_and_of_the_unscaled_gradient(clip_grad, scale):
+    torch.manual_seed(0)
+    model = Linear()
+    state, ((labelled, _), *_) = state_of(model, ema=None), list(batches(1))
+    if scale:
+        state.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    logits = model.train()(labelled[0])
+    sum(F.cross_entropy(x, labelled[1], label_smoothing=0.1) / 2 for x in logits).backward()
+    expected = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
+    settings = dict(autocast=nullcontext, clip_grad=clip_grad)
+    _, diagnosis = train_step(state, model, model, labelled, None, Recipe(), with_norm=True, **settings)
+    norm, count = diagnosis["grad_norm"]
+    assert norm.item() == pytest.approx(expected, rel=1e-6) and count.item() == 1
+    assert "grad_norm" not in train_step(state, model, model, labelled, None, Recipe(), **settings)[1]
+    labelled[0][0] = float("inf")
+    norm, count = train_step(state, model, model, labelled, None, Recipe(), with_norm=True, **settings)[1]["grad_norm"]
+    assert (norm.item(), count.item()) == (0, 0)
+
+
+def test_a_report_comes_with_the_lines_and_has_the_means_since_the_last():
+    def epoch(**settings):
+        torch.manual_seed(1)
+        model, data = Linear(), list(batches(12))
+        state = state_of(model)
+        sets = [[labelled for labelled, _ in data], [unlabelled for _, unlabelled in data]]
+        return train_one_epoch(state, model, model, *sets, Recipe(threshold=0.3), epoch=0, steps=12,
+                               autocast=nullcontext, **settings), state  # fmt: skip
+
+    seen, single = [], []
+    meters, state = epoch(report=lambda step, scalars: seen.append((step, scalars)))
+    epoch(report=lambda step, scalars: single.append(scalars), print_freq=1)
+    without, same = epoch()
+    assert meters == without and "grad_norm" not in meters
+    assert all(torch.equal(a, b) for a, b in zip(state.model.parameters(), same.model.parameters()))
+    assert [step for step, _ in seen] == [0, 10, 11] and len(single) == 12
+    names = set(meters) | {"grad_norm", "images_per_second", "step_seconds", "data_seconds"}
+    assert all(set(scalars) == names for _, scalars in seen)
+    for name in ("loss", "loss_1_u", "mask_rate", "agreement", "grad_norm", "lr"):
+        mean = np.mean([scalars[name] for scalars in single[1:11]])
+        assert seen[1][1][name] == pytest.approx(mean, rel=1e-9), name
+    pace = seen[1][1]
+    assert pace["images_per_second"] == pytest.approx(10 / pace["step_seconds"])  # 4 labelled and 6 unlabelled
+    assert 0 <= pace["data_seconds"] <= pace["step_seconds"]

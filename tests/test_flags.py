@@ -56,6 +56,11 @@ TINY = (
     "--cutmix 0 --device cpu"
 )
 SAVED = TINY + " --output_dir OUT"
+REPORT = {
+    prefix + name
+    for prefix in ("", "ema_")
+    for name in ("per_class.csv", "confusion.csv", "confusion.png", "reliability.png")
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -556,7 +561,7 @@ FLAGS = {
         None,
         "",
         files,
-        ({"checkpoint.pth", "log.txt", "run.json"}, {"eval.json"}),
+        ({"checkpoint.pth", "log.txt", "run.json"}, {"eval.json", *REPORT}),
         SAVED + " --resume CHECKPOINT --epochs 2",
     ),
     "--seed": Row("order", "0", "1", lambda args: list(started(args).labelled_order), None, TINY),
@@ -766,6 +771,7 @@ FLAGS = {
     "--model-ema-force-cpu": Row("step", None, "", average_device, (None, "cpu")),
     # files
     "--output_dir": Row("file", [""], "OUT", files, (set(), {"checkpoint.pth", "log.txt", "run.json"}), TINY),
+    "--tensorboard": Row("file", None, "", lambda args: "tensorboard" in files(args), (False, True), SAVED),
     "--resume": Row("file", [""], "CHECKPOINT", lambda args: started(args).state.epoch, (-1, 0), TINY),
     "--finetune": Row("network", [""], "RESNET", from_file, (0, RESNET), TINY),
     **start_rows("dino", "VIT", 39, TWO),

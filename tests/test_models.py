@@ -10,9 +10,11 @@ from forms import FORMS
 from reference import fill, images, load
 from torch.nn import functional as F
 
+import checkpoint
 import models
 from models import build_model, folded, save_memory
 from models.blocks import ConvBlock, FCUDown
+from transforms import eval_view
 
 STATE_DICTS = load("state_dict.json")
 FORWARD = load("forward.npz")
@@ -279,6 +281,55 @@ def test_compiled_and_computed_again_is_the_same_step():
         assert torch.allclose(ours.grad, reference.grad, rtol=1e-9, atol=1e-12)
     for ours, reference in zip(both.buffers(), plain.buffers()):
         assert torch.allclose(ours, reference, rtol=1e-12)
+
+
+OURS = [name for module in ("semiformer", "convmixer", "baselines") for name in timm.list_models(module=module)]
+TIMMS = {"Semiformer_small_patch16": dict(depth=3), "Semiformer_PE_micro_patch16": {}, "conv_micro": {},
+         "Conformer_small_patch32": dict(depth=3), "Semiformer_convmixer_12depth": dict(depth=3, mixer_dim=96),
+         "deit_micro_patch16_224": dict(img_size=64), "myresnet50": {}}  # fmt: skip
+
+
+def test_every_network_of_ours_is_described_as_timm_does():
+    assert len(OURS) == 16
+    for name in OURS:
+        cfg = timm.get_pretrained_cfg(name)
+        view = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=cfg.to_dict()))
+        assert repr(view.transforms[:3]) == repr(eval_view(224).transforms[:3])
+        assert view.transforms[3].mean.tolist() == pytest.approx(eval_view(224).transforms[3].mean)
+        assert (cfg.architecture, cfg.num_classes, cfg.has_weights) == (name, 1000, None)
+
+
+@pytest.mark.parametrize("name", TIMMS)
+def test_timms_conventions_on_every_kind_of_network(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, pretrained=False, num_classes=10, in_chans=1, **TIMMS[name]).double().eval()
+    batch = torch.randn(2, 1, 64, 64, dtype=torch.float64)
+
+    def as_list(thing):
+        return list(thing) if isinstance(thing, list | tuple) else [thing]
+
+    with torch.no_grad():
+        maps, logits = model.forward_features(batch), as_list(model(batch))
+        assert all(map(torch.equal, as_list(model.forward_head(maps)), logits))
+        features, heads = as_list(model.forward_head(maps, pre_logits=True)), as_list(model.get_classifier())
+        assert all(torch.equal(head(x), y) for head, x, y in zip(heads, features, logits))
+        cfg, modules = model.pretrained_cfg, dict(model.named_modules())
+        assert [modules[key] for key in as_list(cfg["classifier"])] == heads and model.default_cfg is cfg
+        assert all(modules[key].in_channels == 1 for key in as_list(cfg["first_conv"]))
+        assert all(key in dict(model.named_parameters()) for key in model.no_weight_decay())
+        keys = list(model.state_dict())
+        model.reset_classifier(7)
+        assert model.num_classes == 7 and list(model.state_dict()) == keys
+        assert [tuple(x.shape) for x in as_list(model(batch))] == [(2, 7)] * len(logits)
+        model.reset_classifier(0)
+        assert all(map(torch.equal, as_list(model(batch)), features))
+    plain = timm.create_model(name, num_classes=0, in_chans=1, **TIMMS[name])
+    assert not any(key in keys for key in plain.state_dict() if checkpoint.is_head(key))
+
+
+def test_timms_overlay_reaches_the_description():
+    model = timm.create_model("Semiformer_micro_patch16", pretrained_cfg_overlay=dict(input_size=(3, 64, 64)))
+    assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 64, 64)
 
 
 def test_a_network_without_blocks_cannot_compute_again():

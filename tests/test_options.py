@@ -20,6 +20,7 @@ NEW = {
     "--grad-checkpointing",
     "--max-bad-images",
     "--steps-per-epoch",
+    "--tensorboard",
     "--unlabelled-path",
 }
 SEMI = "--data-set SEMI-IMNET "
@@ -68,6 +69,7 @@ def test_new_flags():
     assert (args.amp, args.steps_per_epoch, args.unlabelled_path) == (None, 0, "")
     assert (args.max_bad_images, parse("--max-bad-images 3").max_bad_images) == (0.001, 3)
     assert (args.accum_iter, args.compile, args.grad_checkpointing) == (1, False, False)
+    assert (parse().tensorboard, parse("--tensorboard").tensorboard) == (False, True)
     assert parse("--steps-per-epoch 7").steps_per_epoch == 7
     assert (parse().data_backend, parse("--data-backend fast").data_backend) == ("pil", "fast")
     assert list(actions()["--amp"].choices) == ["auto", "off", "fp16", "bf16"]
@@ -77,6 +79,7 @@ def test_defaults_of_a_namespace_are_the_published_ones():
     expected = {row["dest"]: row["default"] for row in KEPT}
     expected |= {"amp": None, "max_bad_images": 0.001, "steps_per_epoch": 0, "unlabelled_path": ""}
     expected |= {"accum_iter": 1, "compile": False, "data_backend": "pil", "grad_checkpointing": False}
+    expected |= {"tensorboard": False}
     expected |= {"device": "cuda" if torch.cuda.is_available() else "cpu"}
     assert vars(parse()) == expected
 
