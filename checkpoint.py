@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import json
 import os
 import pathlib
 import pickle
@@ -201,11 +202,15 @@ DAMAGE = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeE
 def read(path):
     """Read a checkpoint, a path or URL, onto the CPU without running anything pickled in it.
 
+    A file that ends in .safetensors is one of `save_safetensors`.
+
     Raises OSError or ValueError naming the file: not there, not readable, damaged, or holding foreign classes.
     """
     path = fetch(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no checkpoint {path}.")
+    if str(path).endswith(".safetensors"):
+        return _read_safetensors(path)
     try:
         _check_sums(path)
         with torch.serialization.safe_globals(SAFE_CLASSES):
@@ -222,6 +227,41 @@ def read(path):
     except DAMAGE as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"Cannot read the checkpoint {path}, it is damaged or no PyTorch file: {reason}") from error
+
+
+def _safetensors():
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        raise ValueError("Safetensors files need the package safetensors: pip install safetensors.") from error
+    return safetensors
+
+
+def save_safetensors(weights, about, path):
+    """Write a state dict and what else `read` shall give of it, {"classes", "epoch", "args": a dict}, as safetensors.
+
+    Raises OSError naming the file, ValueError where the package is missing.
+    """
+    tensors = {key: value.contiguous() for key, value in weights.items()}
+    metadata = {"format": "pt", "semiformer": json.dumps(about, default=str)}  # transformers wants a format
+    content = _safetensors().torch.save(tensors, metadata)
+    with writing(path, "--output"):
+        temporary = f"{path}.tmp"
+        with open(temporary, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+
+
+def _read_safetensors(path):
+    package = _safetensors()
+    try:
+        with package.safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("semiformer", "{}"))
+            weights = {key: file.get_tensor(key) for key in file.keys()}
+    except (package.SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"Cannot read {path}, it is damaged or no safetensors file: {error}") from error
+    flags = {"args": argparse.Namespace(**about["args"])} if "args" in about else {}
+    return {**about, "model": weights, **flags}
 
 
 def weights_in(content, path):

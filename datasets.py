@@ -16,10 +16,9 @@ from readers import image_csv, image_folder, image_list, inat, read_split, unlab
 from transforms import (
     FIXMATCH,
     DeviceFinish,
-    cifar_eval_view,
     cifar_strong_view,
     cifar_weak_view,
-    eval_view,
+    evaluation_view,
     fast_eval_view,
     fast_train_view,
     fast_weak_view,
@@ -312,11 +311,10 @@ def build_training_sets(args, semi_supervised):
     return labelled_views, Views(pool, others, *both, tolerated=_tolerated(args, others), finish=finish)
 
 
-def evaluation_view(args):
+def validation_view(args):
     """The view of evaluation that the flags ask for; with `--data-backend fast` of uint8 tensors."""
-    if args.data_set in FIXMATCH:
-        return cifar_eval_view(args.input_size, FIXMATCH[args.data_set])
-    return (fast_eval_view if args.data_backend == "fast" else eval_view)(args.input_size)
+    fast = args.data_backend == "fast"
+    return fast_eval_view(args.input_size) if fast else evaluation_view(args.data_set, args.input_size)
 
 
 def build_validation_set(args, classes=None):
@@ -337,4 +335,4 @@ def build_validation_set(args, classes=None):
             f"The classes of train/ and val/ in {args.data_path} differ: "
             f"val/ lacks {missing[:10]}, train/ lacks {extra[:10]}."
         )
-    return Views(samples, np.arange(len(samples)), evaluation_view(args), finish=_finish(args))
+    return Views(samples, np.arange(len(samples)), validation_view(args), finish=_finish(args))

@@ -140,7 +140,7 @@ def write(folder, tally, classes, streams, prefix=""):
 def _write_csv(path, rows):
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    utils.write_text(path, text.getvalue())
+    utils.write_whole(path, text.getvalue())
 
 
 # -------------------------------------------------------------------------------- pictures

@@ -139,6 +139,11 @@ def cifar_eval_view(size, colours):
     return transforms.Compose([transforms.Resize((size, size), interpolation=BICUBIC), *_to_tensor(colours)])
 
 
+def evaluation_view(data_set, size):
+    """The evaluation view of a --data-set: `cifar_eval_view` for those of FIXMATCH, else `eval_view`."""
+    return cifar_eval_view(size, FIXMATCH[data_set]) if data_set in FIXMATCH else eval_view(size)
+
+
 # -------------------------------------------------------------------------------- fast: uint8 tensors
 
 

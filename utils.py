@@ -260,13 +260,16 @@ class Progress:
 
 
 @contextmanager
-def writing(path):
-    """Let a failure to write say in one sentence which file it was and what to do; an OSError."""
+def writing(path, flag="--output_dir"):
+    """Let a failure to write say in one sentence which file it was and what to do; an OSError.
+
+    `flag` is the one that decides where the file is.
+    """
     try:
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise OSError(f"Cannot write {path} ({reason}): make room there, or choose another --output_dir.") from error
+        raise OSError(f"Cannot write {path} ({reason}): make room there, or choose another {flag}.") from error
 
 
 def sync_folder(folder):
@@ -278,10 +281,10 @@ def sync_folder(folder):
         os.close(descriptor)
 
 
-def write_text(path, text):
-    """Replace a text file so that it is always whole. Raises OSError naming it."""
+def write_whole(path, text, flag="--output_dir"):
+    """Replace a text file so that it is always whole. Raises OSError naming it and the flag that decides on it."""
     temporary = f"{path}.tmp"
-    with writing(path):
+    with writing(path, flag):
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -314,7 +317,7 @@ def trim_json_lines(path, epoch):
         aside = path.with_suffix(f".dropped{path.suffix}")
         with writing(aside), open(aside, "a", encoding="utf-8") as file:
             file.write("".join(line.rstrip("\n") + "\n" for line in dropped))
-        write_text(path, "".join(kept))
+        write_whole(path, "".join(kept))
     return len(dropped)
 
 
@@ -328,7 +331,7 @@ def _epoch_of(line):
 
 def write_json(path, record):
     """Write one JSON object, indented; the file is always whole. Raises OSError naming it."""
-    write_text(path, json.dumps(record, indent=2, default=str) + "\n")
+    write_whole(path, json.dumps(record, indent=2, default=str) + "\n")
 
 
 def environment():

@@ -8,6 +8,15 @@ from models import baselines, convmixer, semiformer  # noqa: F401  (importing is
 from models.baselines import MyResNet, single_stream
 from models.blocks import folded, update_statistics_once  # noqa: F401  (folded: re-exported)
 
+NAMES = [*semiformer.default_cfgs, *convmixer.default_cfgs, *baselines.default_cfgs]  # of the networks of ours
+
+
+def check_name(name):
+    """Raise ValueError, with names like it, where there is no network of this name, neither ours nor timm's."""
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise ValueError(f"Unknown --model {name!r}" + (f": did you mean {', '.join(close)}?" if close else "."))
+
 
 def build_model(
     name, num_classes, img_size=224, drop=0.0, drop_path=0.0, drop_block=None, remove_fcu=False, **overrides
@@ -24,9 +33,7 @@ def build_model(
     Raises ValueError for an unknown name, `remove_fcu` or `drop_block` with the wrong kind of network, and a
     setting the network does not have.
     """
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ValueError(f"Unknown --model {name!r}" + (f": did you mean {', '.join(close)}?" if close else "."))
+    check_name(name)
     settings = dict(overrides, num_classes=num_classes)
     if name.startswith(("Semiformer_", "Conformer_")):
         if drop_block is not None:

@@ -4,7 +4,7 @@ _has_everything() {
     "$1" - <<'PY' 2>/dev/null
 import importlib.metadata as m, re, sys
 from pathlib import Path
-import matplotlib, numpy, pytest, sklearn, submitit, tensorboard, timm, torch, torchvision  # a pair that does not match fails here
+import matplotlib, numpy, onnx, onnxruntime, onnxscript, pytest, safetensors, sklearn, submitit, tensorboard, timm, torch, torchvision  # a pair that does not match fails here
 lines = [l for f in ("requirements.txt", "requirements-dev.txt") for l in Path(f).read_text().splitlines() if ">=" in l]
 number = lambda text: [int(n) for n in re.findall(r"\d+", text)[:3]]
 sys.exit(any(number(m.version(name)) < number(least) for name, least in (l.split(">=") for l in lines)))

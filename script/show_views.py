@@ -20,7 +20,7 @@ from torch.utils.data import default_collate
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import options  # noqa: E402
 import utils  # noqa: E402
-from datasets import Views, build_training_sets, evaluation_view  # noqa: E402
+from datasets import Views, build_training_sets, validation_view  # noqa: E402
 from transforms import FIXMATCH, IMAGENET, DeviceFinish  # noqa: E402
 
 try:
@@ -47,7 +47,7 @@ def _batch(views, places, seed):
 def _rows(args, pool, places, labelled, unlabelled):
     """[(target, {title: (S, S, 3)})] of these places of `pool`, Views; `labelled`, `unlabelled` or None lend theirs."""
     like = partial(Views, pool.samples, pool.indices, tolerated=pool.tolerated)
-    whole = like(evaluation_view(args), finish=DeviceFinish if pool.finish else None)
+    whole = like(validation_view(args), finish=DeviceFinish if pool.finish else None)
     images, targets, _ = _batch(whole, places, args.seed)
     columns = {"evaluation": images}
     if labelled is not None:

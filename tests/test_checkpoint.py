@@ -232,6 +232,19 @@ def test_any_flipped_bit_or_cut_gives_the_same_content_or_one_sentence(tmp_path,
     assert legacy or refused > 100
 
 
+def test_a_safetensors_file_holds_weights_names_and_flags_or_is_named(tmp_path):
+    weights, path = state_of().model.state_dict(), tmp_path / "model.safetensors"
+    checkpoint.save_safetensors(weights, {"classes": ["cat"], "epoch": 3, "args": {"lr": 0.1}}, path)
+    content = checkpoint.read(path)
+    assert same(dict(sorted(content["model"].items())), dict(sorted(weights.items())))
+    assert (content["classes"], content["epoch"], content["args"]) == (["cat"], 3, argparse.Namespace(lr=0.1))
+    for damaged in (path.read_bytes()[:-1], b"", b"x" * 100):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"Cannot read .*model\.safetensors, it is damaged or no saf") as said:
+            checkpoint.read(path)
+        assert "\n" not in str(said.value)
+
+
 def test_other_networks_and_class_counts_are_named():
     model, weights = state_of(3).model, state_of(7).model.state_dict()
     with pytest.raises(ValueError, match="The head in a.pth has 7 classes, but the data has 3 class folders"):

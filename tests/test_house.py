@@ -29,10 +29,18 @@ ARROWS = {
     "report": {"utils"},
     "starts": {"checkpoint", "utils"},
     "models": {"models"},
+    "pretrained": {"checkpoint", "models", "transforms"},
+    "predict": {"images", "models", "pretrained", "readers", "utils"},
+    "hubconf": {"models", "pretrained"},
     **{leaf: set() for leaf in ("pseudo_labels", "losses", "images", "randaugment", "samplers", "utils", "options")},
 }
 # Packages that a room imports where it needs them, and does without or names in a sentence.
-OPTIONAL = {"run_with_submitit.py": {"submitit"}, "curves.py": {"tensorboard"}, "report.py": {"matplotlib"}}
+OPTIONAL = {
+    "run_with_submitit.py": {"submitit"},
+    "checkpoint.py": {"safetensors"},
+    "curves.py": {"tensorboard"},
+    "report.py": {"matplotlib"},
+}
 LAUNCHERS = {"run_with_submitit", "semi_main"}
 
 
@@ -221,7 +229,7 @@ def test_absolute_paths_are_found(text, expected):
 # -------------------------------------------------------------------------------- the five packages
 
 BLOCKED = ("matplotlib", "sklearn", "scipy", "pandas", "tensorboard", "tensorboardX", "pytest", "_pytest",
-           "hypothesis", "submitit", "apex", "wandb", "cv2")  # fmt: skip
+           "hypothesis", "submitit", "apex", "wandb", "cv2", "onnx", "onnxscript", "onnxruntime")  # fmt: skip
 IMPORT = f'''
 import sys
 

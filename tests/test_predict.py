@@ -1,0 +1,163 @@
+"""predict.py: the classes that evaluation counts, on files of any kind, and one sentence for what is wrong."""
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from trees import ROOT, SMALL, broken_images, draw, make_fashion, make_tree
+
+import predict
+import pretrained
+from datasets import build_validation_set
+from engine import evaluate
+from models import build_model, folded
+from optimization import mixed_precision
+from options import get_args_parser
+
+NAMES = ["class0", "class1", "class2"]
+
+
+def flags(*words):
+    return argparse.ArgumentParser(parents=[get_args_parser()]).parse_args([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return make_tree(tmp_path_factory.mktemp("tree"), train=1, val=5)
+
+
+@pytest.fixture(scope="module")
+def file(tree, tmp_path_factory):
+    """A checkpoint of a network whose classes depend on the image, and whose average is another one."""
+    torch.manual_seed(0)
+    model, average = (build_model("Semiformer_micro_patch16", 3).train() for _ in range(2))
+    for network in (model, average):
+        network(torch.randn(8, 3, 48, 48))
+    args = flags(*SMALL, "--data-path", tree)
+    path = tmp_path_factory.mktemp("run") / "checkpoint.pth"
+    weights = {"model": model.state_dict(), "model_ema": average.state_dict()}
+    torch.save({**weights, "classes": NAMES, "args": args, "epoch": 7}, path)
+    return path
+
+
+def rows(text):
+    return list(csv.DictReader(text.splitlines()))
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_predictions_are_those_that_evaluation_counts(tree, file, capsys, ema):
+    words = ["--ema"] if ema else []
+    assert predict.main([str(tree / "val"), "--checkpoint", str(file), "--batch-size", "4", *words]) == 0
+    found = rows(capsys.readouterr().out)
+    best = [row for row in found if row["rank"] == "1"]
+    views = build_validation_set(torch.load(file, weights_only=False)["args"])
+    assert [row["path"] for row in best] == [f"{tree}/val/{views.samples.source.path(i)}" for i in range(15)]
+    ours = torch.tensor([NAMES.index(row["class"]) for row in best])
+    truth = torch.tensor([NAMES.index(row["path"].split("/")[-2]) for row in best])
+    network, autocast = pretrained.load(file, ema=ema).network, mixed_precision("off", torch.device("cpu"))[0]
+    images = torch.stack([views[i][0] for i in range(15)])
+    assert evaluate(folded(network), [(images, ours)], autocast=autocast)["acc1"] == 100
+    measured = evaluate(folded(network), [(images, truth)], autocast=autocast)["acc1"]
+    assert measured == pytest.approx(100 * (ours == truth).double().mean().item())
+    for k in range(15):
+        three = [float(row["probability"]) for row in found[3 * k : 3 * k + 3]]
+        assert three == sorted(three, reverse=True) and sum(three) == pytest.approx(1, abs=2e-6)
+    with torch.no_grad():
+        probabilities = sum(network(images)).softmax(1).amax(1)
+    assert [float(row["probability"]) for row in best] == pytest.approx(probabilities.tolist(), abs=1e-5)
+
+
+def test_json_has_the_same_and_is_written_whole(tree, file, tmp_path, capsys):
+    words = [str(tree / "val/class1"), "--checkpoint", str(file), "--top", "2"]
+    predict.main(words)
+    table = rows(capsys.readouterr().out)
+    assert predict.main([*words, "--format", "json", "--output", str(tmp_path / "p.json")]) == 0
+    assert capsys.readouterr().out == "" and [path.name for path in tmp_path.iterdir()] == ["p.json"]
+    found = json.loads((tmp_path / "p.json").read_text())
+    flat = [(each["path"], c["class"], c["probability"]) for each in found for c in each["top"]]
+    assert len(flat) == 10 and flat == [(row["path"], row["class"], float(row["probability"])) for row in table]
+
+
+def test_an_image_that_cannot_be_read_is_named_and_the_others_are_predicted(tree, file, tmp_path, capsys):
+    broken = broken_images(tmp_path)
+    draw(tmp_path / "a.png"), draw(tmp_path / "z.png", mode="L")
+    missing = str(tmp_path / "none.jpg")
+    assert predict.main([missing, str(tmp_path), "--checkpoint", str(file), "--batch-size", "3"]) == 1
+    said = capsys.readouterr()
+    assert [row["path"] for row in rows(said.out)][::3] == [f"{tmp_path}/a.png", f"{tmp_path}/z.png"]
+    lines = said.err.splitlines()
+    named = [name for name in broken if not name.startswith("folder")]  # a folder is gone into
+    assert len(lines) == len(named) + 1 and f"Cannot read the image {missing}: No such file" in lines[0]
+    assert all(any(f"{tmp_path}/{name}: " in line for line in lines) for name in named)
+
+
+def test_without_names_classes_are_numbers_or_those_of_a_file(tree, file, tmp_path, capsys):
+    torch.save(torch.load(file, weights_only=False)["model"], tmp_path / "bare.pth")
+    words = [str(tree / "val/class0"), "--checkpoint", str(tmp_path / "bare.pth"), "--top", "1"]
+    words += ["--model", "Semiformer_micro_patch16", "--input-size", "48"]
+    predict.main(words)
+    said = capsys.readouterr()
+    assert "bare.pth has no class names, so classes are numbers" in said.err
+    numbers = [row["class"] for row in rows(said.out)]
+    (tmp_path / "names.txt").write_text("\ufeffgrüne Äpfel\nb, c\n\nd\n", encoding="utf-8")
+    predict.main([*words, "--classes", str(tmp_path / "names.txt")])
+    said = capsys.readouterr()
+    assert [row["class"] for row in rows(said.out)] == [["grüne Äpfel", "b, c", "d"][int(n)] for n in numbers]
+    assert said.err == ""
+
+
+@pytest.mark.parametrize("data_set", ["SEMI-IMNET", "FASHION"])
+def test_the_view_and_its_description_are_evaluations(tree, tmp_path, data_set):
+    from timm.data import create_transform, resolve_model_data_config
+
+    make_fashion(tmp_path)
+    root = {"SEMI-IMNET": tree, "FASHION": tmp_path}[data_set]
+    args = flags(*SMALL[:-2], "--data-set", data_set, "--data-path", root)
+    model = build_model("Semiformer_micro_patch16", 3)
+    torch.save({"model": model.state_dict(), "args": args}, tmp_path / "a.pth")
+    loaded = pretrained.load(tmp_path / "a.pth")
+    views = build_validation_set(args)
+    image = views.samples.source.load(0)
+    assert torch.equal(loaded.view(image), views[0][0]) and not loaded.network.training
+    timms = create_transform(**resolve_model_data_config(loaded.network))(image)
+    assert np.abs(timms - loaded.view(image)).max() < 0.02
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--model", "resnet18"], "was trained with --model Semiformer_micro_patch16, not resnet18: leave --model out"),
+    (["--input-size", "64"], "was trained with --input-size 48, not 64: leave --input-size out"),
+    (["--classes", "nowhere.txt"], r"Cannot read --classes nowhere.txt \(No such file or directory\)"),
+    (["--classes", __file__], "names do not fit the 3 classes of .*checkpoint.pth: give one name a class"),
+    (["--top", "0"], "--top 0 must be at least 1"), (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
+    (["--output", "nowhere/p.csv"], "Cannot write nowhere/p.csv .* or choose another --output"),
+])  # fmt: skip
+def test_bad_input_is_one_sentence(tree, file, words, message):
+    with pytest.raises((ValueError, OSError), match=message) as said:
+        predict.main([str(tree / "val/class0/c0_0.png"), "--checkpoint", str(file), *words])
+    assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize("change, words, message", [
+    (lambda c: c["model"], {}, "a.pth does not say which network it is of: name it with --model"),
+    (lambda c: c["model"], {"name": "Semifomer_x"}, "Unknown --model 'Semifomer_x'"),
+    (lambda c: c["model"], {"name": "resnet18"}, "a.pth is of another network than resnet18, for it has no fc.weight"),
+    (lambda c: {"model": c["model"], "args": c["args"]}, {"ema": True}, "a.pth holds no averaged weights"),
+])  # fmt: skip
+def test_a_file_that_does_not_tell_is_named(file, tmp_path, change, words, message):
+    torch.save(change(torch.load(file, weights_only=False)), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=message):
+        pretrained.load(tmp_path / "a.pth", **words)
+
+
+def test_a_folder_without_images_and_a_missing_file_end_with_a_sentence(tmp_path):
+    with pytest.raises(ValueError, match="There is no image below"):
+        predict.paths_of([tmp_path])
+    command = [sys.executable, ROOT / "predict.py", "x.png", "--checkpoint", tmp_path / "none.pth"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    said = f"predict.py: error: There is no checkpoint {tmp_path}/none.pth.\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
