@@ -161,7 +161,7 @@ def _label(name, length=22):
 def draw_confusion(confusion, classes):
     """The matplotlib figure of a confusion matrix, (C, C) integers: each row in percent of its true class.
 
-    Up to 40 classes have their names beside them, up to 20 their percents in the cells. Rows of no image are grey.
+    Up to 30 classes have their names beside them, up to 20 their percents in the cells. Rows of no image are grey.
     """
     import matplotlib
 
@@ -172,7 +172,7 @@ def draw_confusion(confusion, classes):
     with matplotlib.rc_context({"font.size": 10}):
         colours = matplotlib.colormaps["cividis"].with_extremes(bad="#cccccc")
         image = axis.imshow(percent, cmap=colours, vmin=0, vmax=100, interpolation="nearest")
-        named, size = count <= 40, 10 if count <= 20 else 6.5
+        named, size = count <= 30, 8 if 20 < count <= 30 else 10
         ticks = range(0, count, 1 if named else 10)
         labels = [_label(classes[i]) if named else str(i) for i in ticks]
         turned = named and max(map(len, labels)) * count > 60

@@ -293,7 +293,7 @@ def cnn_hears_transformer(args):
 def sizes(args):
     """Side of a view of each kind and number of position embeddings."""
     image = Image.new("RGB", (32, 32))
-    views = (*datasets._views(args)[1:], datasets.eval_view(args.input_size))
+    views = (*datasets._views(args)[1:], datasets.validation_view(args))
     with torch.device("meta"):
         positions = semi_main._network(args, 2, torch.device("meta")).pos_embed.shape[1]
     return [view(image).shape[-1] for view in views], positions

@@ -35,8 +35,12 @@ ARROWS = {
     **{leaf: set() for leaf in ("pseudo_labels", "losses", "images", "randaugment", "samplers", "utils", "options")},
 }
 # Packages that a room imports where it needs them, and does without or names in a sentence.
-OPTIONAL = {"run_with_submitit.py": {"submitit"}, "curves.py": {"tensorboard"}, "report.py": {"matplotlib"},
-            "checkpoint.py": {"safetensors"}}  # fmt: skip
+OPTIONAL = {
+    "run_with_submitit.py": {"submitit"},
+    "checkpoint.py": {"safetensors"},
+    "curves.py": {"tensorboard"},
+    "report.py": {"matplotlib"},
+}
 LAUNCHERS = {"run_with_submitit", "semi_main"}
 
 
