@@ -2,7 +2,7 @@
 
     model = torch.hub.load(CLONE, "Semiformer_small_patch16", source="local", pretrained="checkpoint.pth")
 
-`torch.hub.list(CLONE, source="local")` names them. The modules of this repository have short names (`utils`, `models`):
+The entries are `models.NAMES`. The modules of this repository have short names (`utils`, `models`):
 a program with modules of the same names imports them before or after, not both.
 """
 

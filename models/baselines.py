@@ -71,6 +71,10 @@ class ConvStream(nn.Module):
         """Keep only what passes between blocks, and compute a block again in backward."""
         self.grad_checkpointing = enable
 
+    def forward(self, images):
+        """(N, 3, H, W) -> logits (N, num_classes); as of every network of timm, before `single_stream`."""
+        return self.forward_head(self.forward_features(images))
+
     def forward_features(self, images):
         """(N, 3, H, W) -> (N, num_features, H/32, W/32)."""
         x = self.stem(images)

@@ -198,7 +198,8 @@ class Semiformer(nn.Module):
         if hasattr(self, "pos_embed"):
             # ours: the published network works at 224 px only.
             tokens = tokens + resample_abs_pos_embed(self.pos_embed, list(grid), num_prefix_tokens=0)
-        return torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        # Not len(tokens), which makes the batch size a constant of an exported graph.
+        return torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
 
 
 def describe(*names, **about):

@@ -17,7 +17,7 @@ import logging
 import os
 import sys
 import warnings
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 
@@ -59,26 +59,52 @@ def export_onnx(network, size, path):
         raise ValueError(f"ONNX needs {', '.join(missing)}: pip install {' '.join(missing)}, or pass --no-onnx.")
     import onnxruntime
 
-    fused = Fused(network).eval().to(memory_format=torch.contiguous_format)
-    temporary, draws = f"{path}.tmp", torch.Generator().manual_seed(0)
+    fused, temporary = Fused(network).eval().to(memory_format=torch.contiguous_format), f"{path}.tmp"
+    draws = torch.Generator().manual_seed(0)
     batches = [torch.randn(n, 3, size, size, generator=draws) for n in (1, 3)]
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with utils.writing(path, "--output"), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # of its own parts that will change
-        settings = dict(input_names=["images"], output_names=["logits"], opset_version=OPSET, external_data=False)
-        shapes = {"images": {0: torch.export.Dim("batch", min=1, max=2**16)}}
-        # An example of one image would make N = 1 a constant.
-        torch.onnx.export(fused, (batches[1],), temporary, dynamo=True, dynamic_shapes=shapes, **settings)
+    try:
+        _write_onnx(fused, batches[1], temporary)  # of one image, N = 1 would be a constant
+        _name_batch(temporary)
         session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
-    with torch.inference_mode():
-        gaps = [abs(session.run(None, {"images": x.numpy()})[0] - fused(x).numpy()).max() for x in batches]
-    if not max(gaps) <= TOLERANCE:
-        os.remove(temporary)
-        raise ValueError(
-            f"The ONNX network differs from PyTorch's by {max(gaps):.1e}, more than {TOLERANCE}: not kept."
-        )
-    os.replace(temporary, path)
+        with torch.inference_mode():
+            gaps = [abs(session.run(None, {"images": x.numpy()})[0] - fused(x).numpy()).max() for x in batches]
+        if not max(gaps) <= TOLERANCE:
+            raise ValueError(
+                f"The ONNX network differs from PyTorch's by {max(gaps):.1e}, above {TOLERANCE}: not kept."
+            )
+        os.replace(temporary, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(temporary)
     return float(max(gaps))
+
+
+def _write_onnx(network, images, path):
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    shapes = {"images": {0: torch.export.Dim("batch", min=1, max=2**16)}}
+    settings = dict(input_names=["images"], output_names=["logits"], opset_version=OPSET, external_data=False)
+    with utils.writing(path, "--output"), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # of PyTorch about parts of its own
+        try:
+            torch.onnx.export(network, (images,), path, dynamo=True, dynamic_shapes=shapes, **settings)
+        except torch.onnx.OnnxExporterError as error:
+            reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+            raise ValueError(f"PyTorch cannot make ONNX of this network ({reason}): pass --no-onnx.") from error
+
+
+def _name_batch(path):
+    """Call the first side of input and output `batch`; ValueError where the graph takes one number of images only."""
+    import onnx
+
+    model = onnx.load(path)
+    # torch 2.6 notes the example's number of images in shapes that do not depend on it.
+    del model.graph.value_info[:]
+    for value in (*model.graph.input, *model.graph.output):
+        side = value.type.tensor_type.shape.dim[0]
+        if value.name == "images" and side.HasField("dim_value"):
+            raise ValueError(f"As ONNX this network takes {side.dim_value} images only: pass --no-onnx.")
+        side.dim_param = "batch"
+    onnx.save(model, path)
 
 
 # -------------------------------------------------------------------------------- the model card

@@ -94,12 +94,27 @@ def test_the_fused_network_as_onnx_agrees_for_any_number_of_images(run):
     assert export.export_onnx(model, 48, run / "model.onnx") <= 1e-4
     session = runtime.InferenceSession(run / "model.onnx", providers=["CPUExecutionProvider"])
     assert ([x.name for x in session.get_inputs()], [x.name for x in session.get_outputs()]) == (["images"], ["logits"])
+    assert [x.shape for x in (*session.get_inputs(), *session.get_outputs())] == [["batch", 3, 48, 48], ["batch", 3]]
     for n in (1, 2, 5):
         images = torch.randn(n, 3, 48, 48)
         with torch.no_grad():
             ours = sum(model(images))
         assert torch.allclose(torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), ours, atol=1e-4)
     assert not list(run.glob("*.tmp")) and not list(run.glob("*.data"))
+
+
+class Counting(Small):
+    """Its graph holds the number of images of the example."""
+
+    def forward(self, images):
+        return [logits.reshape(len(images), -1) for logits in super().forward(images)]
+
+
+def test_a_network_that_fixes_the_number_of_images_is_refused(tmp_path):
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(ValueError, match="takes 3 images only: pass --no-onnx|cannot make ONNX of this network"):
+        export.export_onnx(Counting(), 8, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_onnx_that_differs_is_refused_and_not_kept(tmp_path, monkeypatch):

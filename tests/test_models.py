@@ -283,18 +283,18 @@ def test_compiled_and_computed_again_is_the_same_step():
         assert torch.allclose(ours, reference, rtol=1e-12)
 
 
-OURS = [name for module in ("semiformer", "convmixer", "baselines") for name in timm.list_models(module=module)]
-TIMMS = {"Semiformer_small_patch16": dict(depth=3), "Semiformer_PE_micro_patch16": {}, "conv_micro": {},
-         "Conformer_small_patch32": dict(depth=3), "Semiformer_convmixer_12depth": dict(depth=3, mixer_dim=96),
-         "deit_micro_patch16_224": dict(img_size=64), "myresnet50": {}}  # fmt: skip
+SLIM = dict(depth=3, channel_ratio=1, embed_dim=96, num_heads=3)
+TIMMS = {"Semiformer_small_patch16": SLIM, "Semiformer_PE_micro_patch16": {}, "conv_micro": {},
+         "Conformer_small_patch32": SLIM, "Semiformer_convmixer_12depth": dict(depth=3, mixer_dim=96, embed_dim=96),
+         "deit_micro_patch16_224": dict(img_size=64), "myresnet50": dict(layers=(1, 1, 1, 1))}  # fmt: skip
 
 
 def test_every_network_of_ours_is_described_as_timm_does():
-    assert len(OURS) == 16
-    for name in OURS:
+    assert len(models.NAMES) == 16
+    for name in models.NAMES:
         cfg = timm.get_pretrained_cfg(name)
         view = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=cfg.to_dict()))
-        assert repr(view.transforms[:3]) == repr(eval_view(224).transforms[:3])
+        assert repr(view.transforms[:2]) == repr(eval_view(224).transforms[:2])
         assert view.transforms[3].mean.tolist() == pytest.approx(eval_view(224).transforms[3].mean)
         assert (cfg.architecture, cfg.num_classes, cfg.has_weights) == (name, 1000, None)
 
@@ -316,7 +316,8 @@ def test_timms_conventions_on_every_kind_of_network(name):
         cfg, modules = model.pretrained_cfg, dict(model.named_modules())
         assert [modules[key] for key in as_list(cfg["classifier"])] == heads and model.default_cfg is cfg
         assert all(modules[key].in_channels == 1 for key in as_list(cfg["first_conv"]))
-        assert all(key in dict(model.named_parameters()) for key in model.no_weight_decay())
+        tokens = {"S": {"cls_token"}, "C": {"cls_token"}, "d": {"cls_token", "pos_embed"}}.get(name[0], set())
+        assert set(model.no_weight_decay()) & set(dict(model.named_parameters())) == tokens
         keys = list(model.state_dict())
         model.reset_classifier(7)
         assert model.num_classes == 7 and list(model.state_dict()) == keys

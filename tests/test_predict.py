@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from trees import ROOT, SMALL, broken_images, draw, make_fashion, make_tree
@@ -125,7 +124,7 @@ def test_the_view_and_its_description_are_evaluations(tree, tmp_path, data_set):
     image = views.samples.source.load(0)
     assert torch.equal(loaded.view(image), views[0][0]) and not loaded.network.training
     timms = create_transform(**resolve_model_data_config(loaded.network))(image)
-    assert np.abs(timms - loaded.view(image)).max() < 0.02
+    assert (timms - loaded.view(image)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("words, message", [
