@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import shutil
 import struct
 import urllib.request
@@ -216,11 +217,13 @@ def read(path):
         with torch.serialization.safe_globals(SAFE_CLASSES):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()
-        wanted = [line.strip() for line in reason if "GLOBAL" in line or "global" in line]
-        raise ValueError(
-            f"Refused to load {path}, which is damaged or holds more than weights: {(wanted or reason)[0]}"
-        ) from error
+        # PyTorch's own words recommend to trust the file.
+        if foreign := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"Refused to load {path}: it holds {foreign[1]}, more than weights and plain values; "
+                "save its state dict alone where you trust it."
+            ) from error
+        raise ValueError(f"Cannot read the checkpoint {path}, it is damaged or no PyTorch file.") from error
     except OSError as error:
         reason = error.strerror or error
         raise OSError(f"Cannot read the checkpoint {path} ({reason}): it is damaged, or not allowed.") from error

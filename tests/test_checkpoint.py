@@ -180,9 +180,12 @@ class Hostile:
 def test_a_hostile_pickle_is_refused_and_runs_nothing(tmp_path):
     mark, path = tmp_path / "executed", tmp_path / "evil.pth"
     torch.save({"model": state_of().model.state_dict(), "args": Hostile(mark)}, path)
-    with pytest.raises(ValueError, match=r"Refused to load .*evil\.pth.*system"):
+    with pytest.raises(ValueError, match=r"Refused to load .*evil\.pth: it holds \S*system, more than weights.*$"):
         checkpoint.read(path)
     assert not mark.exists()
+    path.write_bytes(b"\x80\x02zzzz")
+    with pytest.raises(ValueError, match=r"Cannot read .*evil\.pth, it is damaged or no PyTorch file\.$"):
+        checkpoint.read(path)
     with open(path, "rb"):
         pickle.loads(pickle.dumps(Hostile(mark)))
     assert mark.exists()  # the same object does run code where pickle is trusted
