@@ -6,6 +6,7 @@ import statistics
 import matplotlib
 from compare_runs import markdown, read_runs, result
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 DPI = 150
 COLOURS = {"vit": "#D55E00", "cnn": "#009E73", "semiformer": "#0072B2"}  # Okabe and Ito, 2008
@@ -90,7 +91,7 @@ def quantities(folder):
     return [plain | {name: value for name, value in line.items() if value is not None} for line in lines]
 
 
-def _curve(axis, runs, meter, style, colour, label, scale=1):
+def _curve(axis, runs, meter, style, colour, label=None, scale=1):
     for i, run in enumerate(runs):
         points = [(line["epoch"] + 1, line[meter]) for line in run.log if line.get(meter) is not None]
         if points:
@@ -101,26 +102,24 @@ def _curve(axis, runs, meter, style, colour, label, scale=1):
 
 
 def draw_accuracy(found, path):
-    """Top-1 over steps: a panel a network, and one of Semiformer's transformer stream beside the ViT alone."""
-    with matplotlib.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(8.3, 3.2), dpi=DPI, layout="constrained")
-        axes = figure.subplots(1, 4, sharey=True)
-        for axis, network in zip(axes, TITLES):
-            for how, (style, label) in STYLES.items():
-                runs = found.get(f"{network}-{how}", [])
-                _curve(axis, runs, "test_acc1", style, COLOURS[network], label)
-            axis.set_title(TITLES[network] + (", sum of streams" if network == "semiformer" else ""), fontsize=9)
-        for how, (style, label) in STYLES.items():
-            runs = found.get(f"semiformer-{how}", [])
-            _curve(axes[3], runs, "test_acc1_head2", style, COLOURS["semiformer"], f"Semiformer, {label}")
-        _curve(axes[3], found.get("vit-semi", []), "test_acc1", "-", COLOURS["vit"], "ViT alone, with pseudo labels")
-        axes[3].set_title("transformer stream", fontsize=9)
-        for axis in axes:
+    """Top-1 over steps, a line a seed: a panel a network, and one of the transformer stream beside the ViT alone."""
+    panels = [(TITLES[network], "test_acc1", [network]) for network in TITLES]
+    panels[-1] = ("Semiformer,\nsum of streams", "test_acc1", ["semiformer"])
+    panels.append(("Semiformer's transformer\nstream, and the ViT", None, ["vit", "semiformer"]))
+    with matplotlib.rc_context({"font.size": 10}):
+        figure = Figure(figsize=(8.3, 3.9), dpi=DPI, layout="constrained")
+        for axis, (title, meter, networks) in zip(axes := figure.subplots(1, 4, sharey=True), panels):
+            for network in networks:
+                stream = meter or ("test_acc1" if network == "vit" else "test_acc1_head2")
+                for how, (style, _) in STYLES.items():
+                    _curve(axis, found.get(f"{network}-{how}", []), stream, style, COLOURS[network])
+            axis.set_title(title, fontsize=10)
             axis.set_xlabel("optimizer steps")
             axis.grid(alpha=0.3)
-            if axis.lines:
-                axis.legend(fontsize=6.5, loc="lower right", frameon=False)
         axes[0].set_ylabel("top-1, % of test images")
+        handles = [Line2D([], [], color="#444444", linestyle=style, label=label) for style, label in STYLES.values()]
+        handles += [Line2D([], [], color=COLOURS[network], linewidth=4, label=TITLES[network]) for network in TITLES]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
         figure.savefig(path)
 
 
@@ -142,12 +141,17 @@ def draw_pseudo_labels(found, path):
         figure.savefig(path)
 
 
+def _finished(record):
+    return record.is_file() and json.loads(record.read_text())["finished"]
+
+
 def report(suite, folder, names, seeds, changes):
     """Write table.md and the plots of a suite into its folder; returns the text.
 
-    Runs that some seed lacks are left out. Raises RuntimeError where a flag of the smoke suite changed nothing.
+    Runs that a seed has not finished are left out. Raises RuntimeError where a flag of the smoke suite changed nothing.
     """
-    have = [name for name in names if all((folder / f"seed{s}" / name / "log.txt").is_file() for s in seeds)]
+    records = {name: [folder / f"seed{seed}" / name / "study.json" for seed in seeds] for name in names}
+    have = [name for name, paths in records.items() if all(map(_finished, paths))]
     if suite == "smoke":
         text, same = differences(folder / f"seed{seeds[0]}", changes)
         (folder / "table.md").write_text(text + "\n")

@@ -107,7 +107,11 @@ def two_seeds(tmp_path):
         for seed, last in enumerate(seeds):
             records = [record(0, 10, 10, 10) | {"n_parameters": 1}, record(1, *last) | {"n_parameters": 2_500_000}]
             folder = make_run(tmp_path / f"seed{seed}" / name, records, seed=seed, steps_per_epoch=250)
-            (folder / "study.json").write_text(json.dumps({"seconds": 60.0 + 60 * seed, "cpu_seconds": 30}))
+            (folder / "study.json").write_text(
+                json.dumps({"finished": True, "seconds": 60.0 + 60 * seed, "cpu_seconds": 30})
+            )
+    half = make_run(tmp_path / "seed0/vit-semi", [record(0, 10, 10, 10)])
+    (half / "study.json").write_text(json.dumps({"finished": False}))
     return tmp_path
 
 
