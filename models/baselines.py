@@ -1,12 +1,12 @@
 """Any timm classifier behind the two-stream contract: a list of logits, here of one tensor."""
 
 import timm
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from models.blocks import ConvBlock, recomputed
-from models.semiformer import build, describe, head, init_weights
+from models.semiformer import describe, head, init_weights, registered
 
 
 class SingleStream:
@@ -138,45 +138,31 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _resnet(name, kwargs):
-    return build(name, MyResNet, dict(layout=name.removeprefix("my")), kwargs)
-
-
-@register_model
-def myresnet50(**kwargs):
+@registered(MyResNet, layout="resnet50")
+def myresnet50():
     """timm's resnet50 under the prefix `model.`."""
-    return _resnet("myresnet50", kwargs)
 
 
-@register_model
-def myresnet101(**kwargs):
+@registered(MyResNet, layout="resnet101")
+def myresnet101():
     """timm's resnet101 under the prefix `model.`."""
-    return _resnet("myresnet101", kwargs)
 
 
-@register_model
-def myresnet152(**kwargs):
+@registered(MyResNet, layout="resnet152")
+def myresnet152():
     """timm's resnet152 under the prefix `model.`."""
-    return _resnet("myresnet152", kwargs)
 
 
-@register_model
-def deit_med_patch16_224(**kwargs):
+@registered(VisionTransformer, patch_size=16, embed_dim=576, depth=12, num_heads=9)
+def deit_med_patch16_224():
     """DeiT between small and base: embedding 576, 9 heads; timm has the other three sizes."""
-    return build(
-        "deit_med_patch16_224", VisionTransformer, dict(patch_size=16, embed_dim=576, depth=12, num_heads=9), kwargs
-    )
 
 
-@register_model
-def deit_micro_patch16_224(**kwargs):
+@registered(VisionTransformer, patch_size=16, embed_dim=192, depth=4, num_heads=3)
+def deit_micro_patch16_224():
     """Ours, for the study on two CPU cores: DeiT-tiny's width, four blocks."""
-    return build(
-        "deit_micro_patch16_224", VisionTransformer, dict(patch_size=16, embed_dim=192, depth=4, num_heads=3), kwargs
-    )
 
 
-@register_model
-def conv_micro(**kwargs):
+@registered(ConvStream, width=172)
+def conv_micro():
     """Ours, for the study: the CNN stream of Semiformer_micro alone, wider, so that the size is the same."""
-    return build("conv_micro", ConvStream, dict(width=172), kwargs)

@@ -1,12 +1,12 @@
 """Semiformer with a ConvMixer (Trockman and Kolter, 2022) as its CNN stream."""
 
 import torch
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import nn
 from torch.nn import functional as F
 
 from models.blocks import ConvTransBlock, enlarged, transformer_block
-from models.semiformer import HEADS, Semiformer, build, describe
+from models.semiformer import HEADS, Semiformer, describe, registered
 
 
 class ConvMixerBlock(nn.Module):
@@ -67,7 +67,6 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-@register_model
-def Semiformer_convmixer_12depth(**kwargs):
+@registered(SemiformerConvMixer, embed_dim=384, num_heads=6)
+def Semiformer_convmixer_12depth():
     """Semiformer-S with a ConvMixer-768 stream: 40.9 M parameters."""
-    return build("Semiformer_convmixer_12depth", SemiformerConvMixer, dict(embed_dim=384, num_heads=6), kwargs)

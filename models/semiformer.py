@@ -3,7 +3,7 @@
 Semiformer: Weng et al., "Semi-Supervised Vision Transformers", ECCV 2022. Conformer: Peng et al., ICCV 2021.
 """
 
-from functools import partial
+from functools import partial, wraps
 
 import torch
 from timm.layers import resample_abs_pos_embed, trunc_normal_
@@ -221,92 +221,72 @@ default_cfgs = generate_default_cfgs(  # timm finds them under this name
 )
 
 
-def build(name, network, settings, kwargs):
-    """A network of ours from its published settings and timm's keyword arguments, with its `pretrained_cfg`.
+def registered(network, **settings):
+    """Decorator: timm's model of the function's name is this network with these published settings.
 
-    Raises ValueError for `pretrained=True`: no weights are hosted for these names.
+    The function is but its docstring. The model takes timm's keyword arguments, which win, and has its
+    `pretrained_cfg`; `pretrained=True` raises ValueError: no weights are hosted for these names.
     """
-    if kwargs.pop("pretrained", False):
-        raise ValueError(f"No weights are hosted for {name}: torch.hub.load of hubconf.py takes a checkpoint file.")
-    kwargs.pop("cache_dir", None)
-    about = [kwargs.pop(key, None) for key in ("pretrained_cfg", "pretrained_cfg_overlay")]
-    model = network(**{**settings, **kwargs})
-    model.pretrained_cfg = model.default_cfg = resolve_pretrained_cfg(name, *about).to_dict()
-    return model
+
+    def register(described):
+        name = described.__name__
+
+        @wraps(described)
+        def entry(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
+            if pretrained:
+                raise ValueError(
+                    f"No weights are hosted for {name}: torch.hub.load of hubconf.py takes a checkpoint file."
+                )
+            model = network(**{**settings, **kwargs})
+            about = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
+            model.pretrained_cfg = model.default_cfg = about.to_dict()
+            return model
+
+        return register_model(entry)
+
+    return register
 
 
-@register_model
-def Semiformer_small_patch16(**kwargs):
+@registered(Semiformer, channel_ratio=4, embed_dim=384, num_heads=6)
+def Semiformer_small_patch16():
     """Semiformer-S: 41.7 M parameters, 75.5 % ImageNet top-1 with 10 % of the labels."""
-    return build("Semiformer_small_patch16", Semiformer, dict(channel_ratio=4, embed_dim=384, num_heads=6), kwargs)
 
 
-@register_model
-def Semiformer_PE_small_patch16(**kwargs):
+@registered(Semiformer, channel_ratio=4, embed_dim=384, num_heads=6, pos_embed=True)
+def Semiformer_PE_small_patch16():
     """Semiformer-S with a learned position embedding."""
-    return build(
-        "Semiformer_PE_small_patch16",
-        Semiformer,
-        dict(channel_ratio=4, embed_dim=384, num_heads=6, pos_embed=True),
-        kwargs,
-    )
 
 
-@register_model
-def Semiformer_tiny_patch16(**kwargs):
+@registered(Semiformer, channel_ratio=1, embed_dim=192, num_heads=3)
+def Semiformer_tiny_patch16():
     """Ours, for experiments: a quarter of the CNN's width, half of the embedding."""
-    return build("Semiformer_tiny_patch16", Semiformer, dict(channel_ratio=1, embed_dim=192, num_heads=3), kwargs)
 
 
-@register_model
-def Semiformer_micro_patch16(**kwargs):
+@registered(Semiformer, channel_ratio=2, embed_dim=128, num_heads=2, depth=3)
+def Semiformer_micro_patch16():
     """Ours, for the demo on two CPU cores: one block for each width of the CNN."""
-    return build(
-        "Semiformer_micro_patch16", Semiformer, dict(channel_ratio=2, embed_dim=128, num_heads=2, depth=3), kwargs
-    )
 
 
-@register_model
-def Semiformer_PE_micro_patch16(**kwargs):
+@registered(Semiformer, channel_ratio=2, embed_dim=128, num_heads=2, depth=3, pos_embed=True)
+def Semiformer_PE_micro_patch16():
     """Ours, for the study: the same with a learned position embedding."""
-    return build(
-        "Semiformer_PE_micro_patch16",
-        Semiformer,
-        dict(channel_ratio=2, embed_dim=128, num_heads=2, depth=3, pos_embed=True),
-        kwargs,
-    )
 
 
-@register_model
-def Conformer_tiny_patch16(**kwargs):
+@registered(Semiformer, channel_ratio=1, embed_dim=384, num_heads=6, narrow=True)
+def Conformer_tiny_patch16():
     """Conformer-Ti: 23.5 M parameters."""
-    return build(
-        "Conformer_tiny_patch16", Semiformer, dict(channel_ratio=1, embed_dim=384, num_heads=6, narrow=True), kwargs
-    )
 
 
-@register_model
-def Conformer_small_patch16(**kwargs):
+@registered(Semiformer, channel_ratio=4, embed_dim=384, num_heads=6, narrow=True)
+def Conformer_small_patch16():
     """Conformer-S: 37.7 M parameters."""
-    return build(
-        "Conformer_small_patch16", Semiformer, dict(channel_ratio=4, embed_dim=384, num_heads=6, narrow=True), kwargs
-    )
 
 
-@register_model
-def Conformer_small_patch32(**kwargs):
+@registered(Semiformer, patch_size=32, channel_ratio=4, embed_dim=384, num_heads=6, narrow=True)
+def Conformer_small_patch32():
     """Conformer-S with 32-pixel patches: 38.9 M parameters."""
-    return build(
-        "Conformer_small_patch32",
-        Semiformer,
-        dict(patch_size=32, channel_ratio=4, embed_dim=384, num_heads=6, narrow=True),
-        kwargs,
-    )
 
 
-@register_model
-def Conformer_base_patch16(**kwargs):
+@registered(Semiformer, channel_ratio=6, embed_dim=576, num_heads=9, narrow=True)
+def Conformer_base_patch16():
     """Conformer-B: 83.3 M parameters."""
-    return build(
-        "Conformer_base_patch16", Semiformer, dict(channel_ratio=6, embed_dim=576, num_heads=9, narrow=True), kwargs
-    )
