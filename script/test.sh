@@ -6,7 +6,11 @@ cd "$(dirname "$0")/.."
 source script/setup.sh
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-[[ ${1:-} == --slurm ]] || exec "$PYTHON" -m pytest "$@"
+if [[ ${1:-} != --slurm ]]; then
+    # Two processes of one thread each, a file at a time: most tests wait for one core, and files share their fixtures.
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"
+fi
 trap 'bash script/slurm_sandbox.sh stop' EXIT
 if said=$(bash script/slurm_sandbox.sh start 2>&1); then
     eval "$said"
