@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from utils import say, sync_folder, writing
+from utils import say, sync_folder, write_whole, writing
 
 # What a published file may hold beside tensors and plain containers. None of these runs code when unpickled.
 SAFE_CLASSES = [argparse.Namespace, pathlib.Path, pathlib.PosixPath, pathlib.PurePosixPath]
@@ -247,12 +247,7 @@ def save_safetensors(weights, about, path):
     """
     tensors = {key: value.contiguous() for key, value in weights.items()}
     metadata = {"format": "pt", "semiformer": json.dumps(about, default=str)}  # transformers wants a format
-    content = _safetensors().torch.save(tensors, metadata)
-    with writing(path, "--output"):
-        temporary = f"{path}.tmp"
-        with open(temporary, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
+    write_whole(path, _safetensors().torch.save(tensors, metadata), "--output")
 
 
 def _read_safetensors(path):

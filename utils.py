@@ -281,12 +281,12 @@ def sync_folder(folder):
         os.close(descriptor)
 
 
-def write_whole(path, text, flag="--output_dir"):
-    """Replace a text file so that it is always whole. Raises OSError naming it and the flag that decides on it."""
+def write_whole(path, content, flag="--output_dir"):
+    """Replace a file by text or bytes, always whole. Raises OSError naming it and the flag that decides where it is."""
     temporary = f"{path}.tmp"
     with writing(path, flag):
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

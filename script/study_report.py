@@ -103,16 +103,19 @@ def _curve(axis, runs, meter, style, colour, label=None, scale=1):
 
 def draw_accuracy(found, path):
     """Top-1 over steps, a line a seed: a panel a network, and one of the transformer stream beside the ViT alone."""
-    panels = [(TITLES[network], "test_acc1", [network]) for network in TITLES]
-    panels[-1] = ("Semiformer,\nsum of streams", "test_acc1", ["semiformer"])
-    panels.append(("Semiformer's transformer\nstream, and the ViT", None, ["vit", "semiformer"]))
+    panels = {
+        "ViT": {"vit": "test_acc1"},
+        "CNN": {"cnn": "test_acc1"},
+        "Semiformer,\nsum of streams": {"semiformer": "test_acc1"},
+        "Semiformer's transformer\nstream, and the ViT": {"vit": "test_acc1", "semiformer": "test_acc1_head2"},
+    }
     with matplotlib.rc_context({"font.size": 10}):
         figure = Figure(figsize=(8.3, 3.9), dpi=DPI, layout="constrained")
-        for axis, (title, meter, networks) in zip(axes := figure.subplots(1, 4, sharey=True), panels):
-            for network in networks:
-                stream = meter or ("test_acc1" if network == "vit" else "test_acc1_head2")
+        axes = figure.subplots(1, len(panels), sharey=True)
+        for axis, (title, meters) in zip(axes, panels.items()):
+            for network, meter in meters.items():
                 for how, (style, _) in STYLES.items():
-                    _curve(axis, found.get(f"{network}-{how}", []), stream, style, COLOURS[network])
+                    _curve(axis, found.get(f"{network}-{how}", []), meter, style, COLOURS[network])
             axis.set_title(title, fontsize=10)
             axis.set_xlabel("optimizer steps")
             axis.grid(alpha=0.3)
