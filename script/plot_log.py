@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import picture
 from compare_runs import SHARES, read_runs
 
 try:
@@ -108,16 +109,10 @@ def main(words=None):
     args = parser.parse_args(words)
     if matplotlib is None:
         sys.exit("plot_log.py: error: matplotlib is not installed: pip install -r requirements-dev.txt.")
-    if args.output.suffix.lower() != ".png":
-        sys.exit(f"plot_log.py: error: --output {args.output} is not the name of a PNG: end it in .png.")
     try:
-        figure = draw(read_runs(args.runs))
+        picture.save(lambda: draw(read_runs(args.runs)), args.output)
     except (ValueError, OSError) as error:
         sys.exit(f"plot_log.py: error: {error}")
-    try:
-        figure.savefig(args.output, format="png")
-    except OSError as error:
-        sys.exit(f"plot_log.py: error: --output {args.output}: {error.strerror}; choose a place that can be written.")
     print(f"{len(args.runs)} run(s) drawn in {args.output}")
 
 

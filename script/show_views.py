@@ -14,6 +14,7 @@ import textwrap
 from functools import partial
 from pathlib import Path
 
+import picture
 import torch
 from torch.utils.data import default_collate
 
@@ -118,18 +119,12 @@ def main(words=None):
     try:
         if Figure is None:
             raise ValueError("matplotlib is not installed: pip install matplotlib.")
-        if args.output.suffix.lower() != ".png":
-            raise ValueError(f"--output {args.output} is not the name of a PNG: end it in .png.")
         if not 1 <= args.images <= MOST:
             raise ValueError(f"--images {args.images} must be from 1 to {MOST}.")
         options.check(args)
-        figure = draw(read(args))
+        picture.save(lambda: draw(read(args)), args.output)
     except (OSError, ValueError) as error:
         sys.exit(f"show_views.py: error: {error}")
-    try:
-        figure.savefig(args.output, format="png")
-    except OSError as error:
-        sys.exit(f"show_views.py: error: --output {args.output}: {error.strerror}; choose a place that can be written.")
     print(f"{args.images} image(s) drawn in {args.output}")
 
 
