@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from cifar import cifar
-from fashion import fashion
-from images import UnreadableImage, check_turbo
-from readers import image_csv, image_folder, image_list, inat, read_split, unlabelled_images
-from transforms import (
+from images.cifar import cifar
+from images.decoding import UnreadableImage, check_turbo
+from images.fashion import fashion
+from images.readers import image_csv, image_folder, image_list, inat, read_split, unlabelled_images
+from images.transforms import (
     FIXMATCH,
     DeviceFinish,
     cifar_strong_view,

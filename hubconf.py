@@ -6,8 +6,8 @@ The entries are `models.NAMES`. The modules of this repository have short names 
 a program with modules of the same names imports them before or after, not both.
 """
 
-import pretrained as _pretrained
 from models import build_model as _build_model
+from models import pretrained as _pretrained
 
 dependencies = ["torch", "torchvision", "timm", "numpy"]
 

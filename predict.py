@@ -19,11 +19,10 @@ from functools import partial
 import torch
 from torch.utils.data import DataLoader
 
-import pretrained
 import utils
-from images import UnreadableImage, read_rgb
-from models import folded
-from readers import images_below
+from images.decoding import UnreadableImage, read_rgb
+from images.readers import images_below
+from models import folded, pretrained
 
 
 class Views:

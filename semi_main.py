@@ -19,22 +19,19 @@ from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
-import curves
 import options
-import output_folder
-import report
 import utils
-from checkpoint import TrainState
 from datasets import build_training_sets, build_validation_set
 from engine import evaluate, train_one_epoch
-from loading import count_unreadable, evaluation_loader, to_device, training_loader, watched
+from images.loading import count_unreadable, evaluation_loader, to_device, training_loader, watched
 from losses import Recipe
 from models import build_model, folded, save_memory
-from optimization import build_optimizer, build_scheduler, learning_rates, mixed_precision
 from options import get_args_parser
 from samplers import training_order
-from starts import apply_starts, start_files
+from training import checkpoint, output_folder, report, tensorboard_log
+from training.checkpoint import TrainState
+from training.initial_weights import apply_starts, start_files
+from training.optimization import build_optimizer, build_scheduler, learning_rates, mixed_precision
 from utils import say
 
 
@@ -344,7 +341,7 @@ def train(args, device):
     if first >= args.epochs:
         say(f"Nothing left to train: {run.resumed or 'the start'} is at epoch {first - 1} of --epochs {args.epochs}.")
     elif args.tensorboard:
-        run.curves = curves.Curves(Path(args.output_dir, "tensorboard"), run.first_step(first))
+        run.curves = tensorboard_log.Curves(Path(args.output_dir, "tensorboard"), run.first_step(first))
     for epoch in range(first, args.epochs):
         run.finish_epoch(epoch, run.train_epoch(epoch))
     best = run.state.best
@@ -357,7 +354,7 @@ def main(args):
     options.check(args)
     start_files(args)  # Refuses a flag without its file before any data is read.
     if args.tensorboard and not args.eval:
-        curves.check(args.output_dir)
+        tensorboard_log.check(args.output_dir)
     device = utils.init_distributed(args.device, args.dist_url, args.world_size, args.use_submitit)
     if args.output_dir:
         with utils.writing(args.output_dir):

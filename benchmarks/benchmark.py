@@ -1,6 +1,6 @@
 """Time and memory of this code against the published formulation, on this machine, as Markdown.
 
-    python script/benchmark.py [train|eval|data|policies|optimizer|memory|all] [--quick] [--output FILE.md]
+    python -m benchmarks.benchmark [train|eval|data|policies|optimizer|memory|all] [--quick] [--output FILE.md]
 
 published_formulation.py differs from ours by the named levers alone: a proof in float64 comes first, and the run ends
 where they do not compute the same. All variants of a table are called in turn, round after round, after warm-up
@@ -25,20 +25,21 @@ from pathlib import Path
 
 import numpy as np
 import PIL
-import published_formulation as published
 import torch
-from interleaved import Line, measure, profiled, table
 from PIL import Image
 from timm.utils import ModelEmaV3
 from torch.utils.data import default_collate
-from variants import DECAY, VARIANTS, batch, flags, has_bf16, network, prove, scattered, step_of
 
 import models
-import optimization
 import utils
+from benchmarks import published_formulation as published
+from benchmarks.interleaved import Line, measure, profiled, table
+from benchmarks.variants import DECAY, VARIANTS, batch, flags, has_bf16, network, prove, scattered, step_of
 from datasets import build_training_sets
 from pseudo_labels import POLICIES, select_targets
+from training import optimization
 
+ROOT = Path(__file__).resolve().parents[1]
 TRAIN = [
     Line("fp32", "published fp32", "ours fp32", 1.20),
     Line("bf16", "published fp32", "ours bf16", 1.85),
@@ -231,8 +232,8 @@ def memory(args):
     for name in MEMORY:
         if "bf16" in name and not has_bf16(args.device):
             continue
-        command = [sys.executable, __file__, "memory", *words, "--variant", name]
-        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "benchmarks.benchmark", "memory", *words, "--variant", name]
+        done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise ValueError(f"The memory of {name} could not be measured: see its error above.")
         peaks[name] = json.loads(done.stdout.splitlines()[-1])

@@ -1,6 +1,6 @@
 """Measure what a list of 1.28 million images costs the training process and each of its loader workers.
 
-    python script/measure_lists.py [--images 1281167] [--workers 8] [--batches 300] >> docs/benchmarks.md
+    python -m benchmarks.measure_lists [--images 1281167] [--workers 8] [--batches 300] >> docs/benchmarks.md
 
 The list is synthetic: ImageNet's number of paths, of its length, which all lead to eight small JPEG files. A loader
 goes through some hundred batches of it; then /proc tells the proportional set size (PSS, which shares out among the
@@ -18,16 +18,15 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from prove_memory import children
+
+from datasets import Views
+from images.loading import training_loader, watched
+from images.readers import FileSource, Samples
+from images.transforms import weak_view
+from samplers import training_order
+from tests.proofs.prove_memory import children
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from datasets import Views  # noqa: E402
-from loading import training_loader, watched  # noqa: E402
-from readers import FileSource, Samples  # noqa: E402
-from samplers import training_order  # noqa: E402
-from transforms import weak_view  # noqa: E402
 
 BATCH, FILES = 16, 8
 LIMIT = 200  # MB a process
@@ -74,8 +73,15 @@ def main():
     rows = []
     for images in (args.images, FILES):
         words = ["--images", images, "--workers", args.workers, "--batches", args.batches, "--alone"]
-        command = [sys.executable, "-W", "ignore::UserWarning", __file__, *map(str, words)]  # more workers than cores
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        command = [
+            sys.executable,
+            "-W",
+            "ignore::UserWarning",
+            "-m",
+            "benchmarks.measure_lists",
+            *map(str, words),
+        ]  # more workers than cores
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
         rows.append([float(word) for word in done.stdout.split()])
     print(f"| process | PSS, MB, {args.images:,} images | {FILES} images | the list's |\n|---|---|---|---|")
     for i, (with_list, without) in enumerate(zip(*rows)):

@@ -1,4 +1,4 @@
-"""The published formulation, built of our own parts: what script/benchmark.py measures ours against.
+"""The published formulation, built of our own parts: what benchmarks/benchmark.py measures ours against.
 
 Parameters, state dict, losses and the order of a step are ours; only the named levers differ. Squeeze and expand
 convolve the map (squeeze before it pools), the expanded map is enlarged and added before it is convolved, attention is
@@ -8,9 +8,7 @@ Written from docs and spec, not from the released code.
 """
 
 import math
-import sys
 from copy import deepcopy
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -19,12 +17,10 @@ from timm.models.vision_transformer import Attention
 from torch.nn import functional as F
 from torchvision import transforms as tv
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the programs that import this file, too
-
-from losses import objective  # noqa: E402
-from models.blocks import ConvBlock, FCUDown, FCUUp, enlarged  # noqa: E402
-from optimization import build_optimizer  # noqa: E402
-from transforms import _repair_posterize  # noqa: E402
+from images.transforms import _repair_posterize
+from losses import objective
+from models.blocks import ConvBlock, FCUDown, FCUUp, enlarged
+from training.optimization import build_optimizer
 
 
 class ConvThenPool(FCUDown):

@@ -6,18 +6,18 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import published_formulation as published
 import torch
 from timm.utils import ModelEmaV3
 
 import engine
 import models
-import optimization
 import semi_main
-from checkpoint import TrainState
+from benchmarks import published_formulation as published
 from losses import Recipe
 from options import get_args_parser
 from pseudo_labels import POLICIES, select_targets
+from training import optimization
+from training.checkpoint import TrainState
 
 DECAY, TOLERANCE = 0.99996, 1e-8
 RECIPE = Recipe(threshold=0.0, semi_lambda=4.0, unlabel_smooth=True)  # of run_ddp_example.sh, but every image counts
@@ -115,7 +115,7 @@ def _same(what, ours, theirs, tolerance=TOLERANCE):
         if not distance <= tolerance:  # nor NaN
             raise ValueError(
                 f"The published formulation is another function than ours: {what} differ by {distance:.1e} in {name}, "
-                "so no time would mean anything; mend script/published_formulation.py."
+                "so no time would mean anything; mend benchmarks/published_formulation.py."
             )
     return max(apart.values())
 

@@ -1,6 +1,6 @@
 """Fetch a published list of labelled ImageNet images and check it.
 
-    python data_splits/fetch_split.py {fixmatch10,fixmatch5,simclr1,simclr10} OUT_FOLDER [--url BASE]
+    python -m data_splits.fetch_split {fixmatch10,fixmatch5,simclr1,simclr10} OUT_FOLDER [--url BASE]
 
 writes OUT_FOLDER/<list>.txt, for --data-split-file. fixmatch10 is the paper's 10 %, fixmatch5 its first 64,058
 lines, cut here; both must have the known sha256. Of SimCLR's balanced lists no sha256 is known here: the number of

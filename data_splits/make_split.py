@@ -1,6 +1,6 @@
 """Shuffle a train folder into shards and draw the labelled images, the same from the same names on every machine.
 
-    python data_splits/make_split.py TRAIN_FOLDER OUT [--seed 0] (--fraction F | --per-class N)
+    python -m data_splits.make_split TRAIN_FOLDER OUT [--seed 0] (--fraction F | --per-class N)
                                      [--balanced] [--shards 1020]
 
 writes OUT/all.txt, every image of TRAIN_FOLDER/<class>/, and OUT/labelled.txt, for --data-split-file. A line is
@@ -23,8 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from readers import image_folder  # noqa: E402
+from images.readers import image_folder
 
 
 def entries(samples):

@@ -9,7 +9,7 @@ import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import download_and_extract_archive
 
-from readers import ArraySource, Samples
+from images.readers import ArraySource, Samples
 
 _CIFAR = {"CIFAR10": (CIFAR10, "labels"), "CIFAR100": (CIFAR100, "fine_labels")}
 

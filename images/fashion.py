@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets import FashionMNIST
 
-from readers import ArraySource, Samples
+from images.readers import ArraySource, Samples
 
 CLASSES = tuple(FashionMNIST.classes)
 SIDE = 28

@@ -6,7 +6,7 @@ from array import array
 import torch
 from torch.utils.data import DataLoader
 
-from images import UnreadableImage
+from images.decoding import UnreadableImage
 from samplers import Passes, evaluation_order
 from utils import derived_seed, gather, say, tell
 

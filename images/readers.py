@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from images import read_pixels, read_rgb
+from images.decoding import read_pixels, read_rgb
 
 
 class FileSource:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torchvision import transforms
 from torchvision.transforms.functional import get_image_size
 
-from randaugment import rand_augment
+from images.randaugment import rand_augment
 
 ROWS_FIRST = int(PIL.__version__.split(".")[0]) >= 13  # resizing, where that is cheaper
 BICUBIC = transforms.InterpolationMode.BICUBIC

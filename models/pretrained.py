@@ -7,9 +7,9 @@ from typing import Any
 
 import timm
 
-import checkpoint
+from images.transforms import FIXMATCH, IMAGENET, evaluation_view
 from models import NAMES, build_model, check_name  # noqa: F401  (NAMES: re-exported)
-from transforms import FIXMATCH, IMAGENET, evaluation_view
+from training import checkpoint
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Read every image below a folder as training reads it, and name those that cannot be read.
 
-    python script/check_images.py ROOT [--workers N] [--output FILE]
+    python -m script.check_images ROOT [--workers N] [--output FILE]
 
 Prints a line for each unreadable file with its reason, then how many images have which mode and how many are
 unreadable; --output writes the paths of these, relative to ROOT, one a line. Ends with status 1 if there are any.
@@ -17,9 +17,8 @@ from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from images import UnreadableImage, read_rgb  # noqa: E402
-from readers import images_below  # noqa: E402
+from images.decoding import UnreadableImage, read_rgb
+from images.readers import images_below
 
 CHUNK = 32  # images a worker takes at once
 KINDS = {

@@ -1,6 +1,6 @@
 """One Markdown table of several training runs: the flags that differ and the results, mean ± deviation over seeds.
 
-    python script/compare_runs.py output/*/ [--metric acc1]
+    python -m script.compare_runs output/*/ [--metric acc1]
 
 A RUN is an --output_dir of semi_main.py. Runs that differ in nothing but the seed, the folder of the results and
 the seed's number in a path (data/seed0, data/seed1) share a row; so do runs stopped after the same epoch, marked

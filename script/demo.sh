@@ -4,4 +4,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source script/setup.sh
-exec "$PYTHON" script/demo.py "$@"
+exec "$PYTHON" -m study.demo "$@"

@@ -1,6 +1,6 @@
 """Make of a checkpoint what others can use: weights as safetensors, a model card, and the network as ONNX.
 
-    python script/export.py --checkpoint output/run/checkpoint.pth --output FOLDER [--ema] [--no-onnx]
+    python -m script.export --checkpoint output/run/checkpoint.pth --output FOLDER [--ema] [--no-onnx]
 
 FOLDER gets model.safetensors (for predict.py, hubconf.py, --finetune and --eval), README.md (the model card, from the
 eval.json, log.txt and run.json beside the checkpoint where they are there) and model.onnx: `images` (N, 3, S, S),
@@ -24,12 +24,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import checkpoint  # noqa: E402
-import pretrained  # noqa: E402
-import utils  # noqa: E402
-from models import folded  # noqa: E402
-from options import get_args_parser  # noqa: E402
+import utils
+from models import folded, pretrained
+from options import get_args_parser
+from training import checkpoint
 
 TOLERANCE = 1e-4  # largest difference of a logit
 OPSET = 18

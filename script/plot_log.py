@@ -1,6 +1,6 @@
 """Draw the logs of several training runs into one picture: losses, top-1, pseudo labels, learning rate.
 
-    python script/plot_log.py output/supervised output/semi [--output log.png]
+    python -m script.plot_log output/supervised output/semi [--output log.png]
 
 A RUN is an --output_dir of semi_main.py. A run is a colour (Okabe and Ito, 2008), a stream is a line style; a dot is
 an evaluated epoch.
@@ -10,8 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-import picture
-from compare_runs import SHARES, read_runs
+from script import picture
+from script.compare_runs import SHARES, read_runs
 
 try:
     import matplotlib

@@ -1,6 +1,6 @@
 """Draw what training sees: a contact sheet of the evaluation, labelled, weak and strong views of real images.
 
-    python script/show_views.py --data-set SEMI-IMNET --data-path DATA --data-split-file LIST [--output views.png]
+    python -m script.show_views --data-set SEMI-IMNET --data-path DATA --data-split-file LIST [--output views.png]
 
 Takes the flags of semi_main.py, so a training command's own show its views. A row is an image of the labelled list;
 where the unlabelled images are other ones (--unlabelled-path, or a list of their own), the later half of the rows are
@@ -14,15 +14,14 @@ import textwrap
 from functools import partial
 from pathlib import Path
 
-import picture
 import torch
 from torch.utils.data import default_collate
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import options  # noqa: E402
-import utils  # noqa: E402
-from datasets import Views, build_training_sets, validation_view  # noqa: E402
-from transforms import FIXMATCH, IMAGENET, DeviceFinish  # noqa: E402
+import options
+import utils
+from datasets import Views, build_training_sets, validation_view
+from images.transforms import FIXMATCH, IMAGENET, DeviceFinish
+from script import picture
 
 try:
     from matplotlib.figure import Figure

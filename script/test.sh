@@ -11,8 +11,8 @@ if [[ ${1:-} != --slurm ]]; then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"
 fi
-trap 'bash script/slurm_sandbox.sh stop' EXIT
-if said=$(bash script/slurm_sandbox.sh start 2>&1); then
+trap 'bash tests/proofs/slurm_sandbox.sh stop' EXIT
+if said=$(bash tests/proofs/slurm_sandbox.sh start 2>&1); then
     eval "$said"
     said=ready
 fi

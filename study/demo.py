@@ -21,7 +21,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from make_digits import write_digits
+
+from study.make_digits import write_digits
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, EPOCHS = 100, 8

@@ -1,6 +1,6 @@
 """Write scikit-learn's 1,797 handwritten digits as a folder in ImageNet layout, with a split file.
 
-    python script/make_digits.py OUT [--labels 40] [--seed 0]
+    python -m study.make_digits OUT [--labels 40] [--seed 0]
 
 makes OUT/train/<digit>/*.png (1,297 images), OUT/val/<digit>/*.png (500: the part results are read from),
 and OUT/labelled.txt, `--labels` train images, the same number of each digit. The train/val division is

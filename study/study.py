@@ -1,6 +1,6 @@
 """The paper's claims in miniature, on Fashion-MNIST or MNIST: named runs of semi_main.py, a table, and plots.
 
-    python script/study.py --suite main --data-path FASHION --seeds 0 1 2 [--device cpu] [--output DIR]
+    python -m study.study --suite main --data-path FASHION --seeds 0 1 2 [--device cpu] [--output DIR]
 
 Suites: `main` compares a ViT, a CNN and Semiformer, each on labelled images alone and with pseudo labels; `ablation`
 changes one flag of Semiformer at a time; `smoke` does so for 20 steps and holds that each flag changes what it
@@ -19,11 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import study_report
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from fashion import OWN_CLASSES, fashion, write_idx  # noqa: E402
+from images.fashion import OWN_CLASSES, fashion, write_idx
+from study import study_report
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # ---------------------------------------------------------------------------------------------- named runs
 

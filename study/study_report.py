@@ -1,12 +1,13 @@
-"""The tables and plots of script/study.py, made of nothing but the runs' folders."""
+"""The tables and plots of study/study.py, made of nothing but the runs' folders."""
 
 import json
 import statistics
 
 import matplotlib
-from compare_runs import markdown, read_runs, result
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+
+from script.compare_runs import markdown, read_runs, result
 
 DPI = 150
 COLOURS = {"vit": "#D55E00", "cnn": "#009E73", "semiformer": "#0072B2"}  # Okabe and Ito, 2008

@@ -1,16 +1,11 @@
 """A network with its levers of speed and memory on and off: in every form the same function."""
 
-import importlib
-import sys
 from functools import partial
 
 import torch
-from trees import ROOT
 
+from benchmarks import published_formulation as published
 from models import save_memory
-
-sys.path.append(str(ROOT / "script"))
-published = importlib.import_module("published_formulation")
 
 
 def _saving(model):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import semi_main
 import utils
-from loading import training_loader
+from images.loading import training_loader
 from options import get_args_parser
 
 out, *words = sys.argv[1:]

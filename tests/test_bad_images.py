@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from trees import SMALL, broken_images, draw, make_tree, semi_main
 
-import images
 import semi_main as program
 from datasets import Views
-from images import UnreadableImage, read_rgb
-from loading import count_unreadable, evaluation_loader, to_device, training_loader, watched
+from images import decoding
+from images.decoding import UnreadableImage, read_rgb
+from images.loading import count_unreadable, evaluation_loader, to_device, training_loader, watched
+from images.readers import FileSource, Samples
 from options import get_args_parser
-from readers import FileSource, Samples
 from samplers import training_order
+from tests.trees import SMALL, broken_images, draw, make_tree, semi_main
 
 torch.set_num_threads(1)
 
@@ -138,7 +138,7 @@ def test_only_what_is_wrong_with_the_file_makes_it_unreadable(tmp_path, monkeypa
     def fails(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(images, "open", fails, raising=False)
+    monkeypatch.setattr(decoding, "open", fails, raising=False)
     with pytest.raises(OSError, match=os.strerror(number)) as refusal:
         read_rgb(tmp_path / "x.png")
     assert isinstance(refusal.value, UnreadableImage) is replaced
@@ -149,7 +149,7 @@ def test_memory_and_interrupts_pass_through(tmp_path, monkeypatch, error):
     def fails(*_):
         raise error
 
-    monkeypatch.setattr(images.Image, "open", fails)
+    monkeypatch.setattr(decoding.Image, "open", fails)
     with pytest.raises(error):
         read_rgb(draw(tmp_path / "x.png"))
 

@@ -1,6 +1,5 @@
-"""script/benchmark.py: the proof finds any lever that changes the function, calls go in turn, tables are complete."""
+"""benchmarks/benchmark.py: the proof finds a lever that changes the function, calls go in turn, tables are complete."""
 
-import importlib
 import re
 import sys
 
@@ -8,12 +7,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from trees import ROOT
 
-sys.path.append(str(ROOT / "script"))
-published = importlib.import_module("published_formulation")
+from benchmarks import benchmark, interleaved, variants
+from benchmarks import published_formulation as published
+
 objective = published.objective
-interleaved, variants, benchmark = map(importlib.import_module, ("interleaved", "variants", "benchmark"))
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """check_images.py: every image is read as training reads it, counted by kind, and the unreadable ones are named."""
 
-import importlib
 import os
 import subprocess
 import sys
@@ -8,10 +7,9 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from trees import ROOT, broken_images, draw
 
-sys.path.append(str(ROOT / "script"))
-check_images = importlib.import_module("check_images")
+from script import check_images
+from tests.trees import ROOT, broken_images, draw
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +99,7 @@ def test_what_is_no_images_fault_ends_the_check(root, monkeypatch):
 
 
 def test_as_a_program(root):
-    done = subprocess.run([sys.executable, ROOT / "script" / "check_images.py", root / "broken", "--workers", "1"],
+    done = subprocess.run([sys.executable, "-m", "script.check_images", root / "broken", "--workers", "1"], cwd=ROOT,
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stdout.splitlines()[-2:] == ["         8  unreadable", f"         9  in all below {root / 'broken'}"]

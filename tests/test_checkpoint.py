@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import importlib
 import os
 import pathlib
 import pickle
@@ -10,7 +9,6 @@ import random
 import resource
 import shutil
 import subprocess
-import sys
 from collections import OrderedDict
 from copy import deepcopy
 
@@ -18,13 +16,10 @@ import pytest
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
-from trees import ROOT
 
-import checkpoint
-from checkpoint import TrainState
-
-sys.path.append(str(ROOT / "script"))
-same = importlib.import_module("same_checkpoint").same
+from tests.proofs.same_checkpoint import same
+from training import checkpoint
+from training.checkpoint import TrainState
 
 
 def state_of(classes=3, seed=0, ema=True):
@@ -291,8 +286,8 @@ def test_an_optimizer_of_another_kind_is_named():
 
 
 def test_plateau_goes_on_with_its_counters_and_as_plateau_only():
-    import optimization
     from options import get_args_parser
+    from training import optimization
 
     def plateau(sched="plateau"):
         words = ["--sched", sched, "--warmup-epochs", "0", "--patience-epochs", "2", "--cooldown-epochs", "0"]

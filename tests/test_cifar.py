@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from trees import make_cifar, python2
 
-import cifar as room
-from cifar import cifar
+from images import cifar as room
+from images.cifar import cifar
+from tests.trees import make_cifar, python2
 
 FOLDER = {"CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python"}
 TEST = {"CIFAR10": "test_batch", "CIFAR100": "test"}

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from trees import ROOT, SMALL, make_tree
+
+from tests.trees import ROOT, SMALL, make_tree
 
 SHORT = [*SMALL, "--batch-size", "8", "--mu", "0.25", "--semi-start-epoch", "1", "--steps-per-epoch", "2"]
 SLURM = sorted(path.name for path in (ROOT / "script").glob("submitit_1to*.sh"))

@@ -1,17 +1,14 @@
 """script/compare_runs.py and script/plot_log.py, on run folders written here and figures worked out by hand."""
 
-import importlib
 import json
 import subprocess
 import sys
 
 import pytest
 from PIL import Image
-from trees import ROOT
 
-sys.path.append(str(ROOT / "script"))
-compare_runs = importlib.import_module("compare_runs")
-plot_log = importlib.import_module("plot_log")
+from script import compare_runs, plot_log
+from tests.trees import ROOT
 
 
 def make_run(folder, records, amp="off", **flags):
@@ -167,16 +164,18 @@ def test_an_unknown_metric(six):
         compare_runs.main([str(six[0]), "--metric", "acc7"])
 
 
-@pytest.mark.parametrize("tool", ["compare_runs.py", "plot_log.py"])
+@pytest.mark.parametrize("tool", ["compare_runs", "plot_log"])
 def test_an_error_is_a_sentence_and_a_status(tmp_path, tool):
-    done = subprocess.run([sys.executable, ROOT / "script" / tool, tmp_path], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", f"script.{tool}", tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith(f"{tool}: error: {tmp_path}/run.json does not exist") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith(f"{tool}.py: error: {tmp_path}/run.json does not exist") and done.stderr.count("\n") == 1
+    )
 
 
 def test_plot_log_without_matplotlib_writes_one_sentence(tmp_path):
-    code = "import sys; sys.modules['matplotlib'] = None; import plot_log; plot_log.main(['x'])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "script", capture_output=True, text=True)
+    code = "import sys; sys.modules['matplotlib'] = None; from script import plot_log; plot_log.main(['x'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == "plot_log.py: error: matplotlib is not installed: pip install -r requirements-dev.txt.\n"
 

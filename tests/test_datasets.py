@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from trees import draw, make_cifar, make_fashion, make_inat, make_places, make_semi_inat, paths, tree
 
 import options
 from datasets import DATA_SETS, Views, build_training_sets, build_validation_set
-from readers import Samples
+from images.readers import Samples
+from tests.trees import draw, make_cifar, make_fashion, make_inat, make_places, make_semi_inat, paths, tree
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]

@@ -3,7 +3,6 @@
 import argparse
 import ast
 import io
-import json
 import os
 import re
 import runpy
@@ -12,15 +11,14 @@ import subprocess
 from contextlib import redirect_stdout
 
 import pytest
-from PIL import Image
-from test_house import ROOMS, TREES, imports, room
 from torch.distributed.run import get_args_parser as torchrun_parser
-from trees import ROOT
 
 import options
 import semi_main
-from optimization import learning_rates
 from samplers import training_order
+from tests.test_house import TREES, imports
+from tests.trees import ROOT
+from training.optimization import learning_rates
 
 DOCS = {str(path.relative_to(ROOT)): path.read_text()
         for pattern in ("*.md", "docs/*.md", "data_splits/*.md") for path in ROOT.glob(pattern)}  # fmt: skip
@@ -28,6 +26,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Programs whose flags a text may name without a command of ours around them.
 FOREIGN = {"--slurm", "--export", "--requeue", "--signal", "--time", "--ntasks-per-node", "--gpus-per-node", "--nodes",
            "--cpus-per-task", "--standalone", "--kill-on-bad-exit", "--max_restarts", "--dependency"}  # fmt: skip
+FOLDERS = "script|docs|data_splits|tests|study|benchmarks"
 WRAPPERS = {"run_ddp_example.sh", "fork_ablation.sh", "eval.sh", "demo.sh"}
 
 
@@ -102,7 +101,6 @@ def parser_of():
         if "argparse" not in imports(TREES[path]):
             return argparse.ArgumentParser(path)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Caught) as stopped:
-            patch.syspath_prepend(str((ROOT / path).parent))
             patch.setattr("sys.argv", [path])
             patch.setattr(argparse.ArgumentParser, "parse_args", caught)
             runpy.run_path(str(ROOT / path), run_name="__main__")
@@ -142,7 +140,11 @@ def python_part(words, folder):
     if words[0] == "torchrun":
         parsed = torchrun_parser().parse_args(words[1:])
         words = ["python", parsed.training_script, *parsed.training_script_args]
-    if words[0] != "python" or len(words) < 2 or not words[1].endswith(".py"):
+    if words[0] != "python" or len(words) < 2:
+        return None
+    if words[1] == "-m" and (ROOT / words[2].split(".")[0]).is_dir():
+        return words[2].replace(".", "/") + ".py", words[3:]
+    if not words[1].endswith(".py"):
         return None
     return os.path.relpath(os.path.join(ROOT, words[1]), ROOT), words[2:]
 
@@ -150,7 +152,9 @@ def python_part(words, folder):
 def refused(command, parser_of, folder):
     """Why the tool of a command would refuse its flags; None if it would not, or if it is not ours."""
     for word in command:
-        if re.match(r"(script|docs|data_splits|tests)/[\w/]+\.\w+$", word) and word.endswith((".py", ".sh", ".txt")):
+        if re.match(r"(script|docs|data_splits|tests|study|benchmarks)/[\w/]+\.\w+$", word) and word.endswith(
+            (".py", ".sh", ".txt")
+        ):
             if not (ROOT / word).is_file():
                 return f"there is no {word}"
     found = python_part(list(command), folder)
@@ -202,7 +206,9 @@ def test_named_files_and_flags_exist(name, parser_of):
         known |= set(re.findall(r'"(--[\w-]+)"', (ROOT / path).read_text()))
     for span in spans(DOCS[name]):
         assert {flag for flag in re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", span)} <= known, span
-        if re.fullmatch(r"(script|tests|docs|models|data_splits|\.ci|\.github)/[\w./*-]+", span):
+        if re.fullmatch(
+            r"(script|tests|docs|models|images|training|study|benchmarks|data_splits|\.ci|\.github)/[\w./*-]+", span
+        ):
             assert list(ROOT.glob(span)), span
 
 
@@ -274,16 +280,6 @@ def test_the_learning_rates_of_reproduce_are_the_schedule(parser_of, epochs, lr)
     assert row[: len(header)] == [f"{rates[e]:.4g}" for e in map(int, header) if e < epochs]
 
 
-# -------------------------------------------------------------------------------- the picture of the rooms
-
-
-def test_the_picture_of_the_rooms_has_the_arrows_of_the_code():
-    project = {room(name) for name in ROOMS}
-    real = {(room(a), b) for a, tree in ROOMS.items() for b in imports(tree, within=room(a)) & project if room(a) != b}
-    drawn = json.loads(Image.open(ROOT / "docs/architecture.png").text["arrows"])
-    assert {tuple(arrow) for arrow in drawn} == real, "the imports changed: python docs/draw_architecture.py"
-
-
 # -------------------------------------------------------------------------------- the inspectors
 
 
@@ -307,9 +303,9 @@ def test_dead_links_are_found(text, expected):
     ("DATA_ROOT=data SPLIT=list bash script/run_ddp_example.sh --treshold 1",
      "semi_main.py: unrecognized arguments: --treshold 1"),
     ("DATA_ROOT=data SPLIT=list bash script/submitit_1to7_300ep_2nodes.sh --nodes 4", None),
-    ("python script/gone.py", "there is no script/gone.py"),
-    ("python script/check_images.py data --workers 2", None),
-    ("python script/check_images.py", "script/check_images.py: the following arguments are required: ROOT"),
+    ("python -m script.gone", "there is no script/gone.py"),
+    ("python -m script.check_images data --workers 2", None),
+    ("python -m script.check_images", "script/check_images.py: the following arguments are required: ROOT"),
     ("ls data", None),
 ])  # fmt: skip
 def test_dead_commands_are_found(command, reason, parser_of, tmp_path):

@@ -10,10 +10,10 @@ import sys
 
 import pytest
 import torch
-from trees import ROOT, SMALL, make_tree, semi_main
 
 from options import get_args_parser
 from semi_main import main
+from tests.trees import ROOT, SMALL, make_tree, semi_main
 from utils import is_ours
 
 RUN = [

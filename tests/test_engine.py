@@ -8,20 +8,20 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from forms import FORMS, published
-from reference import fill, images, load
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn import functional as F
 
 import engine
-import optimization
-from checkpoint import TrainState
 from engine import evaluate, evaluating, train_one_epoch, train_step
 from losses import Recipe
 from models import build_model, folded
 from options import get_args_parser
+from tests.forms import FORMS, published
+from tests.reference import fill, images, load
+from training import optimization
+from training.checkpoint import TrainState
 
 torch.set_num_threads(2)
 TRACE, RATES = load("trace.json"), load("lr.json")

@@ -9,15 +9,13 @@ import sys
 import pytest
 import torch
 from torch import nn
-from trees import ROOT, SMALL
 
-import checkpoint
-import pretrained
-from models import build_model
+from models import build_model, pretrained
 from options import get_args_parser
+from script import export
+from tests.trees import SMALL
+from training import checkpoint
 
-sys.path.append(str(ROOT / "script"))
-export = importlib.import_module("export")
 NAME = "Semiformer_micro_patch16"
 
 

@@ -6,10 +6,10 @@ import struct
 
 import numpy as np
 import pytest
-from trees import make_fashion
 
-import fashion
-from fashion import SUMS, write_idx
+from images import fashion
+from images.fashion import SUMS, write_idx
+from tests.trees import make_fashion
 
 FILES = tuple(SUMS)
 

@@ -9,15 +9,12 @@ import torch
 from PIL import Image
 from timm.data.random_erasing import RandomErasing
 from torchvision import transforms as vision
-from trees import broken_images, draw, tree
 
-import images
 from datasets import build_training_sets, build_validation_set
-from images import UnreadableImage, check_turbo, read_pixels, read_rgb
-from loading import to_device, training_loader, watched
-from options import get_args_parser
-from samplers import training_order
-from transforms import (
+from images import decoding
+from images.decoding import UnreadableImage, check_turbo, read_pixels, read_rgb
+from images.loading import to_device, training_loader, watched
+from images.transforms import (
     FIXMATCH,
     IMAGENET,
     DeviceFinish,
@@ -29,6 +26,9 @@ from transforms import (
     train_view,
     weak_view,
 )
+from options import get_args_parser
+from samplers import training_order
+from tests.trees import broken_images, draw, tree
 from utils import seed_everything
 
 torch.set_num_threads(1)
@@ -123,7 +123,7 @@ JPEGS = [{}, {"subsampling": 0}, {"progressive": True}, {"quality": 30}, {"keep_
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_a_jpeg_has_the_pixels_of_pillow(tmp_path, settings, mode):
     noise(61, 45).convert(mode).save(path := tmp_path / "x.jpg", **settings)
-    assert images._jpeg(path.read_bytes()) is not None
+    assert decoding._jpeg(path.read_bytes()) is not None
     assert torch.equal(read_pixels(path), pixels(read_rgb(path)[0]))
 
 
@@ -131,7 +131,7 @@ def test_a_jpeg_has_the_pixels_of_pillow(tmp_path, settings, mode):
 def test_what_is_not_libjpegs_is_read_by_pillow(tmp_path, mode, name):
     picture = Image.new("I;16", (9, 7), 40_000) if mode == "I;16" else noise(9, 7).convert(mode)
     picture.save(path := tmp_path / name)
-    assert images._jpeg(path.read_bytes()) is None
+    assert decoding._jpeg(path.read_bytes()) is None
     assert torch.equal(read_pixels(path), pixels(read_rgb(path)[0]))
 
 
@@ -166,7 +166,7 @@ def test_a_torchvision_without_libjpeg_is_refused(monkeypatch):
     def without(*_):
         raise RuntimeError("torchvision not compiled with libjpeg support")
 
-    monkeypatch.setattr(images, "decode_jpeg", without)
+    monkeypatch.setattr(decoding, "decode_jpeg", without)
     with pytest.raises(ValueError, match="--data-backend fast needs libjpeg-turbo"):
         check_turbo()
 

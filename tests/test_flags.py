@@ -17,16 +17,16 @@ import torch
 from PIL import Image
 from timm.layers import DropBlock2d, DropPath
 from torch import nn
-from trees import make_cifar, make_fashion, make_inat, make_places, make_semi_inat
 
 import datasets
-import optimization
 import options
 import semi_main
 import utils
-from images import UnreadableImage
+from images.decoding import UnreadableImage
 from losses import Recipe, consistency, objective
 from pseudo_labels import select_targets
+from tests.trees import make_cifar, make_fashion, make_inat, make_places, make_semi_inat
+from training import optimization
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NO_EFFECT = ("--opt-level", "--cross-attn", "--cnn2trans", "--trans2cnn", "--resplit")

@@ -1,17 +1,14 @@
 """Damaged split files, lists, CSV files, checkpoints and flags: the right result, or one error that names them."""
 
-import importlib
 import random
-import sys
 from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trees import ROOT
 
-sys.path.append(str(ROOT / "script"))
-fuzz = importlib.import_module("fuzz")
+from tests.proofs import fuzz
+
 SETTINGS = {"derandomize": True, "deadline": None, "database": None, "max_examples": 300}
 
 

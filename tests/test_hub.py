@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from trees import ROOT
 
 import hubconf
 from models import NAMES, build_model
+from tests.trees import ROOT
 
 NAME = "Semiformer_micro_patch16"
 

@@ -11,13 +11,13 @@ import pytest
 import timm
 import torch
 from torch.nn import functional as F
-from trees import make_tree
 
-import checkpoint
 import options
 import semi_main
 from models import build_model
-from starts import apply_starts, start_files
+from tests.trees import make_tree
+from training import checkpoint
+from training.initial_weights import apply_starts, start_files
 
 TINY, PE = "Semiformer_tiny_patch16", "Semiformer_PE_small_patch16"
 FILES = {"--finetune": "--finetune FILE"} | {

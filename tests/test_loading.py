@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-import loading
-from loading import evaluation_loader, to_device, training_loader
+from images import loading
+from images.loading import evaluation_loader, to_device, training_loader
 from samplers import training_order
 from utils import derived_seed, seed_everything
 

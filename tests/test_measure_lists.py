@@ -1,19 +1,16 @@
-"""Lists of images are compact: bytes an entry, and script/measure_lists.py on a short list."""
+"""Lists of images are compact: bytes an entry, and benchmarks/measure_lists.py on a short list."""
 
-import importlib
 import re
 import subprocess
 import sys
 
 import numpy as np
-from trees import ROOT
 
+from benchmarks import measure_lists
 from datasets import Views
-from loading import training_loader
+from images.loading import training_loader
 from samplers import training_order
-
-sys.path.append(str(ROOT / "script"))
-measure_lists = importlib.import_module("measure_lists")
+from tests.trees import ROOT
 
 
 def test_an_entry_takes_its_path_and_four_numbers(tmp_path):
@@ -34,7 +31,8 @@ def test_an_entry_takes_its_path_and_four_numbers(tmp_path):
 def test_a_short_list_costs_next_to_nothing():
     command = [
         sys.executable,
-        ROOT / "script/measure_lists.py",
+        "-m",
+        "benchmarks.measure_lists",
         "--images",
         "5000",
         "--workers",
@@ -42,7 +40,7 @@ def test_a_short_list_costs_next_to_nothing():
         "--batches",
         "20",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     rows = re.findall(r"^\| (training process|worker \d) \| ([\d.]+) \| ([\d.]+) \|", done.stdout, re.MULTILINE)
     assert [name for name, *_ in rows] == ["training process", "worker 1", "worker 2"], done.stderr
     assert all(float(pss) > 30 for _, *columns in rows for pss in columns)  # Python and PyTorch alone

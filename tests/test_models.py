@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import timm
 import torch
-from forms import FORMS
-from reference import fill, images, load
 from torch.nn import functional as F
 
-import checkpoint
 import models
+from images.transforms import eval_view
 from models import build_model, folded, save_memory
 from models.blocks import ConvBlock, FCUDown
-from transforms import eval_view
+from tests.forms import FORMS
+from tests.reference import fill, images, load
+from training import checkpoint
 
 STATE_DICTS = load("state_dict.json")
 FORWARD = load("forward.npz")

@@ -8,15 +8,14 @@ import sys
 
 import pytest
 import torch
-from trees import ROOT, SMALL, broken_images, draw, make_fashion, make_tree
 
 import predict
-import pretrained
 from datasets import build_validation_set
 from engine import evaluate
-from models import build_model, folded
-from optimization import mixed_precision
+from models import build_model, folded, pretrained
 from options import get_args_parser
+from tests.trees import ROOT, SMALL, broken_images, draw, make_fashion, make_tree
+from training.optimization import mixed_precision
 
 NAMES = ["class0", "class1", "class2"]
 

@@ -1,15 +1,13 @@
-"""script/prove_memory.py: its slope by hand, and a short run that finds the process and its four workers."""
+"""tests/proofs/prove_memory.py: its slope by hand, and a short run that finds the process and its four workers."""
 
-import importlib
 import re
 import subprocess
 import sys
 
 import pytest
-from trees import ROOT
 
-sys.path.append(str(ROOT / "script"))
-prove_memory = importlib.import_module("prove_memory")
+from tests.proofs import prove_memory
+from tests.trees import ROOT
 
 
 def test_slope_is_that_of_the_last_three_quarters():
@@ -18,8 +16,8 @@ def test_slope_is_that_of_the_last_three_quarters():
 
 
 def test_a_short_run_measures_the_process_and_its_workers():
-    command = [sys.executable, ROOT / "script/prove_memory.py", "--steps", "60"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "tests.proofs.prove_memory", "--steps", "60"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     rows = re.findall(r"^\| (training process|worker \d) \| (\d+) \| ([\d.]+) \|", done.stdout, re.MULTILINE)
     assert [name for name, *_ in rows] == ["training process", *(f"worker {i}" for i in range(1, 5))], done.stderr
     # A printed line every ten steps, the last left out; no PyTorch process is smaller than 100 MB.

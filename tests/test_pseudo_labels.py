@@ -1,8 +1,6 @@
 """Pseudo-labels: the published numbers, an obvious slow version of every policy, what the truth may do."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +8,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from benchmarks.published_formulation import arbitrate
 from pseudo_labels import POLICIES, diagnostics, pseudo_label, select_targets
 
-sys.path.append(str(Path(__file__).parents[1] / "script"))
-arbitrate = importlib.import_module("published_formulation").arbitrate
 DATA = Path(__file__).parent / "data"
 NAMES = [
     "cnn",

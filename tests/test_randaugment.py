@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import randaugment
-from randaugment import COLOUR, OPS, cut_out, rand_augment
+from images import randaugment
+from images.randaugment import COLOUR, OPS, cut_out, rand_augment
 
 RANGES = {"AutoContrast": (0, 1), "Equalize": (0, 1), "Identity": (0, 1), "Posterize": (4, 8), "Rotate": (-30, 30),
           "Solarize": (0, 256), **dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), (0.05, 0.95)),

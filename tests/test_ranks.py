@@ -5,13 +5,14 @@ import subprocess
 import sys
 
 import pytest
-from trees import ROOT, SMALL, make_tree
+
+from tests.trees import ROOT, SMALL, make_tree
 
 # The program, with a fault in its data or its disk. Rank 1 fails in the unlabelled images, rank 0 in its files.
 FAULTY = f"""
 import os, runpy, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import checkpoint, datasets
+from training import checkpoint
+import datasets
 fault, rank, load = os.environ["FAULT"], os.environ.get("RANK", "1"), datasets.Views.__getitem__
 
 def faulty(self, i):

@@ -9,9 +9,8 @@ import pytest
 import torch
 from PIL import Image
 from timm.utils.misc import natural_key
-from trees import draw, make_inat, make_list, paths, tree
 
-from readers import (
+from images.readers import (
     ArraySource,
     FileSource,
     _in_natural_order,
@@ -22,6 +21,7 @@ from readers import (
     read_split,
     unlabelled_images,
 )
+from tests.trees import draw, make_inat, make_list, paths, tree
 
 torch.set_num_threads(1)
 

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-import report
 import utils
 from engine import evaluate
-from report import BINS, Tally
+from training import report
+from training.report import BINS, Tally
 
 CPU = torch.device("cpu")
 

@@ -9,12 +9,12 @@ import sys
 
 import pytest
 import torch
-from trees import ROOT, SMALL, make_tree
 
-import output_folder
 import semi_main
 import utils
 from options import get_args_parser
+from tests.trees import ROOT, SMALL, make_tree
+from training import output_folder
 
 FILES = ("checkpoint.pth", "best.pth", "epoch_0_checkpoint.pth")
 
@@ -198,7 +198,7 @@ def test_evaluation_takes_the_newest_too(words, whole, tmp_path):
 
 
 def test_three_seeded_kills_of_whole_processes_end_identically():
-    script = ROOT / "script" / "prove_resume.py"
-    done = subprocess.run([sys.executable, script, "--quick"], capture_output=True, text=True, timeout=500)
+    command = [sys.executable, "-m", "tests.proofs.prove_resume", "--quick"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.endswith("\n3 kills, 3 identical\n")

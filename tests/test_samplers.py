@@ -5,9 +5,9 @@ import re
 
 import pytest
 import torch
-from reference import load
 
 from samplers import Passes, RASampler, evaluation_order, training_order
+from tests.reference import load
 
 REFERENCE = load("ra_sampler.json")
 

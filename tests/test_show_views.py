@@ -1,17 +1,12 @@
 """script/show_views.py: which views of which images a sheet has, that their colours are the image's, and bad input."""
 
-import importlib
-import sys
-
 import numpy as np
 import pytest
 from PIL import Image
-from trees import ROOT, draw, make_cifar, make_fashion, make_tree
 
 from options import get_args_parser
-
-sys.path.append(str(ROOT / "script"))
-show_views = importlib.import_module("show_views")
+from script import show_views
+from tests.trees import draw, make_cifar, make_fashion, make_tree
 
 STRONG = ["strong 1", "strong 2", "strong 3"]
 ALL = ["evaluation", "labelled", "weak", *STRONG]

@@ -1,17 +1,13 @@
 """Jobs on a real Slurm, two nodes of two tasks: whole, requeued, out of time, failed. bash script/test.sh --slurm"""
 
-import importlib
 import os
 import subprocess
-import sys
 
 import pytest
-from trees import ROOT, make_tree
 
 import run_with_submitit
-
-sys.path.append(str(ROOT / "script"))
-slurm = importlib.import_module("prove_slurm")
+from tests.proofs import prove_slurm as slurm
+from tests.trees import make_tree
 
 # script/test.sh --slurm sets it: "ready", or why there is no Slurm.
 STATE = os.environ.get("SLURM_SANDBOX_STATE", "bash script/test.sh --slurm runs it on a Slurm of its own")

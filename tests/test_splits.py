@@ -8,23 +8,22 @@ import sys
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 
 import pytest
 
 from data_splits import fetch_split
 from data_splits.make_split import make_split, shard_lines
-from readers import image_folder, read_split
+from images.readers import image_folder, read_split
+from tests.trees import ROOT
 
-TOOLS = Path(__file__).parents[1] / "data_splits"
 SIZES = {"class10": 7, "class2": 40, "zebra": 13, "été": 20}
 
 
 def run(tool, *words, **env):
-    """A tool as a user runs it, from another folder."""
-    command = [sys.executable, str(TOOLS / tool), *map(str, words)]
+    """A tool as a user runs it, from the repository's root."""
+    command = [sys.executable, "-m", f"data_splits.{tool}", *map(str, words)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run(command, capture_output=True, text=True, cwd="/", env=env, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
 
 
 def sorry(done, *parts):
@@ -62,7 +61,7 @@ def test_the_same_names_give_the_same_lists(tmp_path):
     make_split(plant(tmp_path / "a"), tmp_path / "out", fraction=0.25)
     other = plant(tmp_path / "b", dict(reversed(SIZES.items())), backwards=True)
     words = [other, tmp_path / "again", "--fraction", "0.25"]
-    done = run("make_split.py", *words, PYTHONHASHSEED="77", LC_ALL="C")
+    done = run("make_split", *words, PYTHONHASHSEED="77", LC_ALL="C")
     assert done.returncode == 0, done.stderr
     assert content(tmp_path / "out") == content(tmp_path / "again")
     for line, name, count in zip(done.stdout.splitlines(), ("all.txt", "labelled.txt"), (80, 20)):
@@ -177,7 +176,7 @@ def test_another_list_is_not_overwritten(tmp_path):
 def test_unfit_folders_are_named(tmp_path):
     (tmp_path / "file").touch()
     plant(tmp_path / "train")
-    sorry(run("make_split.py", tmp_path / "none", tmp_path / "out", "--fraction", "0.1"), tmp_path / "none")
+    sorry(run("make_split", tmp_path / "none", tmp_path / "out", "--fraction", "0.1"), tmp_path / "none")
     with pytest.raises(OSError, match="Cannot write .*file/out/all.txt .*OUT"):
         make_split(tmp_path / "train", tmp_path / "file/out", fraction=0.1)
     with pytest.raises(ValueError, match="would be a class"):
@@ -293,17 +292,17 @@ def test_a_folder_that_cannot_be_written_is_named(served, lists, tmp_path):
 def test_fetch_says_so_and_ends_with_status_1(served, tmp_path):
     bodies, url, _ = served
     bodies["/lists/1percent.txt"] = b"".join(b"n01440764_%d.JPEG\n" % i for i in range(12_811))
-    done = run("fetch_split.py", "simclr1", tmp_path, "--url", url)
+    done = run("fetch_split", "simclr1", tmp_path, "--url", url)
     assert done.returncode == 0 and "12811 lines" in done.stdout and "not known" in done.stdout, done
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound but not listening: nobody answers here
         closed = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        sorry(run("fetch_split.py", "fixmatch5", tmp_path, "--url", closed), closed, tmp_path / "fixmatch10.txt")
-    sorry(run("fetch_split.py", "simclr10", tmp_path, "--url", "no address"), "no address/10percent.txt")
+        sorry(run("fetch_split", "fixmatch5", tmp_path, "--url", closed), closed, tmp_path / "fixmatch10.txt")
+    sorry(run("fetch_split", "simclr10", tmp_path, "--url", "no address"), "no address/10percent.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["simclr1.txt"]
 
 
 def test_the_published_sums_are_those_of_the_readme():
-    rows = (TOOLS / "README.md").read_text(encoding="utf-8")
+    rows = (ROOT / "data_splits/README.md").read_text(encoding="utf-8")
     for wanted in fetch_split.LISTS.values():
         assert f"{wanted.lines:,}" in rows and (wanted.sha256 or "not known here") in rows and wanted.file in rows

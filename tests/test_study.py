@@ -1,21 +1,19 @@
-"""script/study.py: its runs are semi_main.py's, interrupted ones go on, and its tables are right by hand."""
+"""study/study.py: its runs are semi_main.py's, interrupted ones go on, and its tables are right by hand."""
 
-import importlib
 import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from test_compare import cells, make_run, record
-from trees import ROOT, make_fashion
 
-import fashion
 import options
-
-sys.path.append(str(ROOT / "script"))
-study = importlib.import_module("study")
-study_report = importlib.import_module("study_report")
+from images import fashion
+from models import build_model
+from pseudo_labels import POLICIES
+from study import study, study_report
+from tests.test_compare import cells, make_run, record
+from tests.trees import ROOT, make_fashion
 
 TINY = "--model Semiformer_micro_patch16 --input-size 32 --batch-size 4 --mu 0.5 --epochs 2 --steps-per-epoch 1"
 
@@ -41,12 +39,12 @@ def test_main_compares_three_networks_of_a_size_at_equal_steps():
 
 
 def models_of(args):
-    return importlib.import_module("models").build_model(args.model, 10, args.input_size)
+    return build_model(args.model, 10, args.input_size)
 
 
 def test_smoke_covers_all_policies_and_every_ablation_is_in_both_suites():
     policies = {parse(flags).pseudo_type for flags in study.SMOKE.values()}
-    assert policies == set(importlib.import_module("pseudo_labels").POLICIES) and len(policies) == 15
+    assert policies == set(POLICIES) and len(policies) == 15
     assert list(study.SMOKE) == list(study.ABLATION) == ["baseline", *study.CHANGES]
 
 
@@ -73,8 +71,8 @@ def test_a_part_keeps_evaluation_images_out_of_training(tmp_path):
 
 
 def start(folder, *words):
-    command = [sys.executable, ROOT / "script/study.py", "--output", folder, "--data-path", folder, *words]
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "study.study", "--output", folder, "--data-path", folder, *words]
+    return subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def test_runs_are_skipped_when_finished_and_go_on_when_not(tmp_path):

@@ -15,12 +15,12 @@ import submitit
 import torch
 from submitit.core.utils import temporary_save_path
 from torch.utils.data import DataLoader
-from trees import ROOT, SMALL, make_tree, semi_main
 
-import loading
 import options
 import run_with_submitit
+from images import loading
 from run_with_submitit import Task, get_args_parser, job_flags
+from tests.trees import ROOT, SMALL, make_tree, semi_main
 
 PUBLISHED = json.loads((ROOT / "tests/data/flags.json").read_text())["run_with_submitit"]
 PLAIN = ["--mixup", "0", "--cutmix", "0", "--mu", "0.5"]

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from trees import make_tree
 
-import curves
 import semi_main
 from options import get_args_parser
+from tests.trees import make_tree
+from training import tensorboard_log
 
 FLAGS = (
     "--data-set SEMI-IMNET --model resnet10t --input-size 40 --drop-path 0 --batch-size 6 --mu 0.34 --threshold 0.3 "
@@ -75,7 +75,7 @@ def test_a_resumed_run_continues_its_curves_and_the_log_is_that_of_a_run_without
 
 
 def test_a_failure_to_write_is_said_once_and_the_run_goes_on(words, tmp_path, monkeypatch, capsys):
-    write, seen = curves.Curves._write, []
+    write, seen = tensorboard_log.Curves._write, []
 
     def full(self, **content):
         seen.append(None)
@@ -83,7 +83,7 @@ def test_a_failure_to_write_is_said_once_and_the_run_goes_on(words, tmp_path, mo
             self.path = Path("/dev/full")
         write(self, **content)
 
-    monkeypatch.setattr(curves.Curves, "_write", full)
+    monkeypatch.setattr(tensorboard_log.Curves, "_write", full)
     run(words, tmp_path, "--epochs", "1", "--tensorboard")
     warnings = [line for line in capsys.readouterr().out.splitlines() if "Warning" in line]
     assert len(warnings) == 1 and len(seen) == 4 and len(log(tmp_path)) == 1
@@ -96,7 +96,7 @@ def test_what_is_missing_is_named_at_the_start(words, tmp_path, monkeypatch):
         run([*words[:-4], "--tensorboard"], "")
     (tmp_path / "tensorboard").write_text("in the way")
     with pytest.raises(OSError, match=f"^Cannot write {tmp_path}/tensorboard/.*exists"):
-        curves.Curves(tmp_path / "tensorboard", 0)
+        tensorboard_log.Curves(tmp_path / "tensorboard", 0)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="^--tensorboard needs the package tensorboard: pip install tensorboard"):
         run([*words, "--tensorboard"], tmp_path)
@@ -104,7 +104,7 @@ def test_what_is_missing_is_named_at_the_start(words, tmp_path, monkeypatch):
 
 
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):
-    ours = curves.Curves(tmp_path / "tensorboard", 0)
+    ours = tensorboard_log.Curves(tmp_path / "tensorboard", 0)
     size = ours.path.stat().st_size
     monkeypatch.setattr("utils.is_main", lambda: False)
     ours.add("train", 0, {"loss": 1.0})

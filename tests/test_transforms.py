@@ -12,9 +12,9 @@ from PIL import Image, ImageOps
 from timm.data import auto_augment as timm_augment
 from timm.data import create_transform
 
-import transforms
-from randaugment import rand_augment
-from transforms import (
+from images import transforms
+from images.randaugment import rand_augment
+from images.transforms import (
     FIXMATCH,
     cifar_eval_view,
     cifar_strong_view,

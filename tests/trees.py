@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fashion import write_idx
+from images.fashion import write_idx
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--model", "Semiformer_micro_patch16", "--input-size", "48", "--device", "cpu", "--num_workers", "0",

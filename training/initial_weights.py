@@ -9,7 +9,7 @@ import re
 import torch
 from torch.nn import functional as F
 
-import checkpoint
+from training import checkpoint
 from utils import say
 
 NOT_GIVEN = ("", "None")  # released code: a path flag that is not given is the string "None"

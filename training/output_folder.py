@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-import checkpoint
 import utils
+from training import checkpoint
 from utils import say
 
 LATEST, PREVIOUS, BEST, FORK = "checkpoint.pth", "checkpoint.prev.pth", "best.pth", "epoch_{}_checkpoint.pth"

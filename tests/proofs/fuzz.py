@@ -1,6 +1,6 @@
 """Damage valid files and flags at random: the strict reader's result, or one error that names the file or the flag.
 
-    python script/fuzz.py [--mutations 10000] [--seed 0]
+    python -m tests.proofs.fuzz [--mutations 10000] [--seed 0]
 
 Each case changes a valid split file, list, CSV file, checkpoint or command line. What our readers make of it must be
 what slow_readers.py makes of it (a checkpoint: what was saved), or a ValueError or OSError of one line that
@@ -25,12 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import slow_readers  # noqa: E402
-
-import checkpoint  # noqa: E402
-import options  # noqa: E402
-from readers import FileSource, Samples, image_csv, image_list, read_split  # noqa: E402
+import options
+from images.readers import FileSource, Samples, image_csv, image_list, read_split
+from tests.proofs import slow_readers
+from training import checkpoint
 
 # ------------------------------------------------------------------------------- what is damaged
 

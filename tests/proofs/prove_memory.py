@@ -1,7 +1,7 @@
 """Train a tiny model for 2,000 steps and measure the resident memory of the process and of its data workers.
 
-    python script/prove_memory.py [--steps 2000] >> docs/reliability.md
-    python script/prove_memory.py --compile >> docs/benchmarks.md
+    python -m tests.proofs.prove_memory [--steps 2000] >> docs/reliability.md
+    python -m tests.proofs.prove_memory --compile >> docs/benchmarks.md
 
 At every printed line (each tenth step) /proc tells the resident memory of the training process and of its workers
 (two for each stream). Memory is flat where the straight line through the last three quarters of the steps rises or
@@ -21,9 +21,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from prove_resume import make_images
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.proofs.prove_resume import make_images
+
+ROOT = Path(__file__).resolve().parents[2]
 FLAGS = """--model resnet10t --input-size 64 --batch-size 8 --mu 0.5 --mixup 0 --cutmix 0 --epochs 1 --device cpu
     --num_workers 2 --data-set SEMI-IMNET"""
 COMPILED = """--compile --model Semiformer_micro_patch16 --input-size 48 --batch-size 8 --mu 0.5 --mixup 0 --cutmix 0

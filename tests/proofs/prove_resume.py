@@ -1,7 +1,7 @@
 """Kill tiny trainings (SIGKILL, workers too), go on with --resume auto, compare with runs never killed, to the bit.
 
-    python script/prove_resume.py --kills 30 >> docs/reliability.md    # a quarter of an hour on two cores
-    python script/prove_resume.py --quick                              # three kills
+    python -m tests.proofs.prove_resume --kills 30 >> docs/reliability.md    # a quarter of an hour on two cores
+    python -m tests.proofs.prove_resume --quick                              # three kills
 
 The moments are drawn from --seed: in the supervised and the semi-supervised phase, during an evaluation, while a
 checkpoint is written; the configurations are 1 and 2 processes, 0 and 2 workers, repeated augmentation on and off.
@@ -25,15 +25,15 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402  the threads are set before, the path is ours
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from same_checkpoint import same  # noqa: E402
+import numpy as np
+import torch
+from PIL import Image
 
-import semi_main  # noqa: E402
+import semi_main
+from tests.proofs.same_checkpoint import same
+
+ROOT = Path(__file__).resolve().parents[2]
 
 EPOCHS, SEMI, STEPS = 4, 2, 4
 CONFIGURATIONS = list(itertools.product((1, 2), (0, 2), (False, True)))  # processes, workers, repeated augmentation

@@ -1,6 +1,6 @@
 """Interrupt jobs of four ranks on two Slurm nodes and compare their ends with that of one left alone, as Markdown.
 
-eval "$(bash script/slurm_sandbox.sh start)" && python script/prove_slurm.py
+eval "$(bash tests/proofs/slurm_sandbox.sh start)" && python -m tests.proofs.prove_slurm
 """
 
 import re
@@ -12,13 +12,12 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
-from same_checkpoint import same
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from trees import SMALL, make_tree  # noqa: E402
+import run_with_submitit
+from tests.proofs.same_checkpoint import same
+from tests.trees import SMALL, make_tree
 
-import run_with_submitit  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 LIMIT_S = 1500
 STEPS = 20

@@ -1,4 +1,4 @@
-"""The readers of split files, lists and CSV files written a second time, slow and plain, for script/fuzz.py to compare.
+"""The readers of split files, lists and CSV files written a second time, slow and plain, for fuzz.py to compare.
 
 Each takes the bytes of a file and gives what is in it, or None where the file must be refused.
 """

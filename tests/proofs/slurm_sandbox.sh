@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A Slurm of two nodes on this machine, for tests of the launcher (bash script/test.sh --slurm):
-#     eval "$(bash script/slurm_sandbox.sh start)"; sinfo; bash script/slurm_sandbox.sh stop
+#     eval "$(bash tests/proofs/slurm_sandbox.sh start)"; sinfo; bash tests/proofs/slurm_sandbox.sh stop
 # Everything is below $SLURM_SANDBOX (default: slurm_sandbox where temporary files go) and listens on loopback only;
 # the nodes claim more CPUs and memory than there are. Daemons end by their pid files, after the jobs.
 set -euo pipefail

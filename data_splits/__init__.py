@@ -1,0 +1,1 @@
+"""Which images are labelled: fetch a published list or draw one."""

@@ -1,0 +1,1 @@
+"""What users run beside the programs: launch scripts and small tools (python -m script.NAME)."""

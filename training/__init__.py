@@ -1,0 +1,1 @@
+"""What a run needs beside the method: optimizer, checkpoints, output folder, initial weights, logs, reports."""
