@@ -1,4 +1,4 @@
-"""Which images a run sees: Views, what a loader reads, and the sets that the flags ask for."""
+"""Which images a run sees: MultiViewDataset, what a loader reads, and the sets that the flags ask for."""
 
 import random
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from images.transforms import (
 )
 
 
-class Views:
+class MultiViewDataset:
     """A data set of the chosen images: `(view, ..., target, index)`, one view per transform, each image read once.
 
     Labelled and evaluation images have one view, unlabelled ones two, strong and weak, drawn independently.
@@ -197,7 +197,7 @@ class DataSet:
     Attributes:
         read: (args, part) -> Samples; part is 'train', 'val' or, with `listed`, 'unlabelled'.
         label: (args, train Samples) -> indices of the labelled images, (n,) int64.
-        flags: the flags of `_OFF` that mean something here.
+        flags: the flags of `_UNSET` that mean something here.
         listed: whether the unlabelled images have a list of their own; else they are the train images.
     """
 
@@ -207,7 +207,7 @@ class DataSet:
     listed: bool = False
 
 
-_OFF = {  # flag: the value that asks for nothing
+_UNSET = {  # flag: the value that asks for nothing
     "--data-split-file": "None",
     "--split-folder": "None",
     "--select-ratio": 1.0,
@@ -236,10 +236,10 @@ DATA_SETS = {
 }
 
 
-def _check_flags(args, data_set, flags=tuple(_OFF)):
+def _check_flags(args, data_set, flags=tuple(_UNSET)):
     for flag in flags:
         value = getattr(args, flag.strip("-").replace("-", "_"))
-        if value != _OFF[flag] and flag not in data_set.flags:
+        if value != _UNSET[flag] and flag not in data_set.flags:
             raise ValueError(f"{flag} {value} means nothing to --data-set {args.data_set}: leave it out.")
 
 
@@ -289,7 +289,7 @@ def _tolerated(args, indices):
 
 
 def build_training_sets(args, semi_supervised):
-    """The labelled and, if `semi_supervised`, the unlabelled set of the flags: Views, and Views or None.
+    """The labelled and, if `semi_supervised`, the unlabelled set of the flags: MultiViewDataset, and Views or None.
 
     The unlabelled set is, in its order on disk on every rank: the images of --unlabelled-path, or the data set's own
     list, or all train images, labelled ones included but for `--unlabelDataset_exclude_labeledData`. Raises
@@ -304,11 +304,11 @@ def build_training_sets(args, semi_supervised):
         raise ValueError(f"--select-ratio {args.select_ratio} labels none of {len(samples)} train images: raise it.")
     labelled, *both = _views(args)
     finish = _finish(args, reprob=args.reprob, remode=args.remode, recount=args.recount)
-    labelled_views = Views(samples, indices, labelled, tolerated=_tolerated(args, indices), finish=finish)
+    labelled_views = MultiViewDataset(samples, indices, labelled, tolerated=_tolerated(args, indices), finish=finish)
     if not semi_supervised:
         return labelled_views, None
     pool, others = _unlabelled(args, data_set, samples, indices)
-    return labelled_views, Views(pool, others, *both, tolerated=_tolerated(args, others), finish=finish)
+    return labelled_views, MultiViewDataset(pool, others, *both, tolerated=_tolerated(args, others), finish=finish)
 
 
 def validation_view(args):
@@ -335,4 +335,4 @@ def build_validation_set(args, classes=None):
             f"The classes of train/ and val/ in {args.data_path} differ: "
             f"val/ lacks {missing[:10]}, train/ lacks {extra[:10]}."
         )
-    return Views(samples, np.arange(len(samples)), validation_view(args), finish=_finish(args))
+    return MultiViewDataset(samples, np.arange(len(samples)), validation_view(args), finish=_finish(args))

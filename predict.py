@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader
 import utils
 from images.decoding import UnreadableImage, read_rgb
 from images.readers import images_below
-from models import folded, pretrained
+from models import fold_batchnorm, pretrained
 
 
-class Views:
+class ImageFiles:
     """Image files, each (tensor (3, S, S), "") or, where it cannot be shown to the network, (None, why)."""
 
     def __init__(self, paths, view):
@@ -71,8 +71,8 @@ def predict(network, view, paths, top=5, batch_size=64, workers=0, device="cpu")
         network: images (N, 3, S, S) -> list of logits (N, classes). view: PIL.Image -> (3, S, S).
     Of an image that cannot be read the classes are [] and `why` is a sentence; else `why` is "".
     """
-    network = folded(network).to(device, memory_format=torch.channels_last)
-    loader = DataLoader(Views(paths, view), batch_size, num_workers=workers, collate_fn=_batch)
+    network = fold_batchnorm(network).to(device, memory_format=torch.channels_last)
+    loader = DataLoader(ImageFiles(paths, view), batch_size, num_workers=workers, collate_fn=_batch)
     remaining = iter(paths)
     for images, reasons in loader:
         rows = iter(())
@@ -147,12 +147,12 @@ def main(words=None):
             rows.append((shown, [(names[c], p) for c, p in top]))
     text = as_text(rows, args.format)
     if args.output:
-        utils.write_whole(args.output, text, "--output")
+        utils.write_atomic(args.output, text, "--output")
     else:
         sys.stdout.write(text)
     return status
 
 
 if __name__ == "__main__":
-    sys.excepthook = partial(utils.last_words, "predict.py")
+    sys.excepthook = partial(utils.excepthook, "predict.py")
     sys.exit(main())

@@ -171,13 +171,13 @@ def main(args):
     check(args)
     flags = job_flags(args)
     job = build_executor(args, flags.output_dir).submit(Task(flags))
-    semi_main.say(f"Job {job.job_id}, folder {job.paths.folder}")
-    semi_main.say(f"Log files: {job.paths.stdout}, {job.paths.stderr}")
+    semi_main.print_main(f"Job {job.job_id}, folder {job.paths.folder}")
+    semi_main.print_main(f"Log files: {job.paths.stdout}, {job.paths.stderr}")
     if args.local:
         error = failure(job)
         if error is not None:
             sys.exit(f"Job {job.job_id} failed, and its log ends with:\n{error}")
-        semi_main.say(f"Job {job.job_id} finished.")
+        semi_main.print_main(f"Job {job.job_id} finished.")
 
 
 if __name__ == "__main__":

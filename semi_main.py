@@ -25,14 +25,14 @@ from datasets import build_training_sets, build_validation_set
 from engine import evaluate, train_one_epoch
 from images.loading import count_unreadable, evaluation_loader, to_device, training_loader, watched
 from losses import Recipe
-from models import build_model, folded, save_memory
+from models import build_model, enable_grad_checkpointing, fold_batchnorm
 from options import get_args_parser
 from samplers import training_order
 from training import checkpoint, output_folder, report, tensorboard_log
 from training.checkpoint import TrainState
-from training.initial_weights import apply_starts, start_files
+from training.initial_weights import initial_weight_files, load_initial_weights
 from training.optimization import build_optimizer, build_scheduler, learning_rates, mixed_precision
-from utils import say
+from utils import print_main
 
 
 def _mixup(args, num_classes):
@@ -80,8 +80,8 @@ def _evaluate(args, model, views, device, autocast, tally=None):
     )
     batches = to_device(watched(loader), device, views.finish)
     if tally is None:
-        return evaluate(folded(model), batches, autocast=autocast)
-    return evaluate(folded(model), tally.clocked(batches), autocast=autocast, observe=tally.add)
+        return evaluate(fold_batchnorm(model), batches, autocast=autocast)
+    return evaluate(fold_batchnorm(model), tally.clocked(batches), autocast=autocast, observe=tally.add)
 
 
 def _summary(name, meters):
@@ -107,14 +107,14 @@ def evaluate_checkpoint(args, device):
     autocast, _, precision = mixed_precision(options.requested_amp(args), device)
     content = checkpoint.read(resume)
     checkpoint.load_weights(model, checkpoint.weights_in(content, resume), resume)
-    if differing := checkpoint.other_names(checkpoint.classes_in(content), classes):
-        say(f"Warning: {resume} is of other classes than the validation images, {differing}: check --data-path.")
+    if differing := checkpoint.class_mismatch(checkpoint.classes_in(content), classes):
+        print_main(f"Warning: {resume} is of other classes than the validation images, {differing}: check --data-path.")
 
     def measured(name, prefix):
         tally = report.Tally(len(classes), device)
         meters = _evaluate(args, model, views, device, autocast, tally)
         meters |= tally.over_ranks()
-        say(_summary(name, meters) + ", " + report.summary(meters))
+        print_main(_summary(name, meters) + ", " + report.summary(meters))
         if args.output_dir:
             streams = 2 if "acc1_head2" in meters else 1
             utils.on_main(report.write, args.output_dir, tally, classes, streams, prefix)
@@ -144,7 +144,7 @@ class Run:
         self.autocast, scaler, self.precision = mixed_precision(options.requested_amp(args), device)
         model = _network(args, len(classes), device)
         if args.grad_checkpointing:
-            save_memory(model)
+            enable_grad_checkpointing(model)
         self.n_parameters = sum(p.numel() for p in model.parameters())
         optimizer = build_optimizer(args, model)
         self.state = TrainState(model, optimizer, build_scheduler(args, optimizer), scaler, classes=classes)
@@ -177,7 +177,7 @@ class Run:
             state.ema = self._average() if args.model_ema else None
             state.from_dict(checkpoint.read(self.resumed), self.resumed)
         else:
-            apply_starts(args, state.model)
+            load_initial_weights(args, state.model)
         if args.start_epoch and state.epoch < 0:
             state.epoch = args.start_epoch - 1
             state.scheduler.step(state.epoch)
@@ -208,21 +208,21 @@ class Run:
         """Say what will happen, and keep it in OUTPUT/run.json before the first step."""
         args, rates = self.args, learning_rates(self.args)
         classes, sizes = len(self.labelled.samples.classes), (self.labelled, self.unlabelled or (), self.validation)
-        say(f"{args.model}: {self.n_parameters:,} parameters, {classes} classes, amp {self.precision}")
-        say("{:,} labelled, {:,} unlabelled, {:,} validation images".format(*map(len, sizes)))
+        print_main(f"{args.model}: {self.n_parameters:,} parameters, {classes} classes, amp {self.precision}")
+        print_main("{:,} labelled, {:,} unlabelled, {:,} validation images".format(*map(len, sizes)))
         phases = {}
         for semi, (labelled, unlabelled, steps) in sorted(self.phases.items()):
             name = "semi-supervised" if semi else "supervised"
             phases[name] = {"labelled": labelled, "unlabelled": unlabelled, "steps_per_epoch": steps}
-            say(
+            print_main(
                 f"{name}: {labelled} + {unlabelled} images a process and step, "
                 f"{(labelled + unlabelled) * self.world} in all on {self.world} process(es); {steps} steps an epoch"
                 + (f", {args.accum_iter} an update" if args.accum_iter > 1 else "")
             )
         shown = sorted({0, 1, 2, args.warmup_epochs + 1, args.epochs // 2, args.epochs - 1} & set(range(args.epochs)))
-        say("learning rate: " + ", ".join(f"{rates[e]:.3g} in epoch {e}" for e in shown))
+        print_main("learning rate: " + ", ".join(f"{rates[e]:.3g} in epoch {e}" for e in shown))
         if not args.output_dir:
-            say("No --output_dir: nothing of this run is saved.")
+            print_main("No --output_dir: nothing of this run is saved.")
         self.output.describe(
             lambda: {
                 "args": vars(args),
@@ -277,12 +277,12 @@ class Run:
     def evaluate(self):
         """Meters of the raw weights, and of the averaged ones under `ema_<meter>`."""
         meters = _evaluate(self.args, self.state.model, self.validation, self.device, self.autocast)
-        say(_summary("raw", meters))
+        print_main(_summary("raw", meters))
         if self.state.ema is not None:
             on_cpu = self.args.model_ema_force_cpu and self.device.type == "cuda"
             average = deepcopy(self.state.ema.module).to(self.device) if on_cpu else self.state.ema.module
             averaged = _evaluate(self.args, average, self.validation, self.device, self.autocast)
-            say(_summary("EMA", averaged))
+            print_main(_summary("EMA", averaged))
             meters |= {f"ema_{name}": value for name, value in averaged.items() if name != "images"}
         meters.pop("images")
         return meters
@@ -339,20 +339,22 @@ def train(args, device):
         run.save(keep_previous=False)
     first, start = run.state.epoch + 1, time.time()
     if first >= args.epochs:
-        say(f"Nothing left to train: {run.resumed or 'the start'} is at epoch {first - 1} of --epochs {args.epochs}.")
+        print_main(
+            f"Nothing left to train: {run.resumed or 'the start'} is at epoch {first - 1} of --epochs {args.epochs}."
+        )
     elif args.tensorboard:
         run.curves = tensorboard_log.Curves(Path(args.output_dir, "tensorboard"), run.first_step(first))
     for epoch in range(first, args.epochs):
         run.finish_epoch(epoch, run.train_epoch(epoch))
     best = run.state.best
-    say(f"Trained in {time.time() - start:.0f} s; best top-1 {best['acc1']:.3f} in epoch {best['epoch']}.")
+    print_main(f"Trained in {time.time() - start:.0f} s; best top-1 {best['acc1']:.3f} in epoch {best['epoch']}.")
     return run
 
 
 def main(args):
     """Run what the flags ask for. Raises ValueError or OSError for bad input."""
     options.check(args)
-    start_files(args)  # Refuses a flag without its file before any data is read.
+    initial_weight_files(args)  # Refuses a flag without its file before any data is read.
     if args.tensorboard and not args.eval:
         tensorboard_log.check(args.output_dir)
     device = utils.init_distributed(args.device, args.dist_url, args.world_size, args.use_submitit)
@@ -364,5 +366,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.excepthook = partial(utils.last_words, "semi_main.py")
+    sys.excepthook = partial(utils.excepthook, "semi_main.py")
     main(argparse.ArgumentParser("semi_main.py", parents=[get_args_parser()]).parse_args())

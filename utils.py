@@ -143,13 +143,13 @@ def broadcast_buffers(*models):
                 buffer.copy_(staged)
 
 
-def say(*words):
+def print_main(*words):
     """Print on the main process."""
     if is_main():
         print(*words, flush=True)
 
 
-def tell(*words):
+def print_rank(*words):
     """Print on whichever process calls it, its rank in front."""
     print(f"[rank {world_and_rank()[1]}]", *words, flush=True)
 
@@ -256,7 +256,9 @@ class Progress:
         eta = (time.perf_counter() - start) / (i + 1) * (self.total - i - 1)
         memory = f"  max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f} MB" if torch.cuda.is_available() else ""
         place = f"[{i + 1:{len(str(self.total))}d}/{self.total}]"
-        say(f"{self.header} {place}  eta: {_duration(eta)}  {figures}  time: {step:.3f} s  data: {data:.3f} s{memory}")
+        print_main(
+            f"{self.header} {place}  eta: {_duration(eta)}  {figures}  time: {step:.3f} s  data: {data:.3f} s{memory}"
+        )
 
 
 @contextmanager
@@ -281,7 +283,7 @@ def sync_folder(folder):
         os.close(descriptor)
 
 
-def write_whole(path, content, flag="--output_dir"):
+def write_atomic(path, content, flag="--output_dir"):
     """Replace a file by text or bytes, always whole. Raises OSError naming it and the flag that decides where it is."""
     temporary = f"{path}.tmp"
     with writing(path, flag):
@@ -317,7 +319,7 @@ def trim_json_lines(path, epoch):
         aside = path.with_suffix(f".dropped{path.suffix}")
         with writing(aside), open(aside, "a", encoding="utf-8") as file:
             file.write("".join(line.rstrip("\n") + "\n" for line in dropped))
-        write_whole(path, "".join(kept))
+        write_atomic(path, "".join(kept))
     return len(dropped)
 
 
@@ -331,7 +333,7 @@ def _epoch_of(line):
 
 def write_json(path, record):
     """Write one JSON object, indented; the file is always whole. Raises OSError naming it."""
-    write_whole(path, json.dumps(record, indent=2, default=str) + "\n")
+    write_atomic(path, json.dumps(record, indent=2, default=str) + "\n")
 
 
 def environment():
@@ -371,7 +373,7 @@ def lost_a_peer(error):
     return dist.is_initialized() and (gloo or isinstance(error, dist.DistBackendError | dist.DistNetworkError))
 
 
-def last_words(program, kind, error, trace):
+def excepthook(program, kind, error, trace):
     """A `sys.excepthook` once the program's name is given: one sentence where that says it all, else the traceback.
 
     In a process group, PyTorch puts the rank in front of each line; the process then ends at once, because the threads

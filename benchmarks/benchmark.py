@@ -92,9 +92,9 @@ def evaluation(args):
     with torch.no_grad():
         model(images)  # in train mode: statistics of these images, as after training
     model.eval()
-    networks = {"published": published.as_published(model), "ours": models.folded(model)}
+    networks = {"published": published.as_published(model), "ours": models.fold_batchnorm(model)}
     networks |= {lever: published.as_published(model, (lever,)) for lever in (*published.PARTS, "channels_last")}
-    networks |= {"bf16": networks["published"], "folded": models.folded(networks["published"])}
+    networks |= {"bf16": networks["published"], "folded": models.fold_batchnorm(networks["published"])}
 
     def make(name):
         autocast, _, _ = optimization.mixed_precision("bf16" if "bf16" in name else "off", args.device)

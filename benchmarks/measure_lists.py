@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datasets import Views
+from datasets import MultiViewDataset
 from images.loading import training_loader, watched
 from images.readers import FileSource, Samples
 from images.transforms import weak_view
@@ -49,7 +49,7 @@ def synthetic(root, images):
 def measured(images, workers, batches):
     """PSS in MB after so many batches: of this process, then of each worker of its loader."""
     with tempfile.TemporaryDirectory() as folder:
-        views = Views(synthetic(Path(folder), images), np.arange(images), weak_view(32), tolerated=0)
+        views = MultiViewDataset(synthetic(Path(folder), images), np.arange(images), weak_view(32), tolerated=0)
         steps = max(batches + 2 * workers, images // BATCH)  # a whole pass; the workers are still at it when measured
         loader = training_loader(views, training_order(images), BATCH, steps, seed=0, epoch=0, rank=0, stream=0,
                                  num_workers=workers, pin_memory=False)  # fmt: skip

@@ -88,7 +88,7 @@ def step_of(args, variant, dtype=torch.float32, sizes=None, recipe=RECIPE):
     if not variant.ours:
         model = published.as_published(model, variant.levers)
     elif variant.checkpointed:
-        models.save_memory(model)
+        models.enable_grad_checkpointing(model)
     average = ModelEmaV3 if variant.ours or "foreach EMA" in variant.levers else published.PerTensorEma
     fused = variant.ours or "fused AdamW" in variant.levers
     ema = average(model, decay=DECAY)
@@ -157,7 +157,7 @@ def prove(args):
     images = batch(args, 4, 1, torch.float64)[0][0]
     with torch.no_grad():  # after the step, because to fold statistics of 0 and 1 proves nothing
         logits = [dict(enumerate(model.eval()(images))) for _, model, _ in both]
-        folded = dict(enumerate(models.folded(both[0][1])(images)))
+        folded = dict(enumerate(models.fold_batchnorm(both[0][1])(images)))
     found["evaluation logits"] = max(_same("evaluation logits", each, logits[1]) for each in (logits[0], folded))
     for policy in POLICIES:
         said = [choose(*scattered(args), policy, 0.7, 1.0) for choose in (select_targets, published.select_targets)]

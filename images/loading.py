@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from images.decoding import UnreadableImage
 from samplers import Passes, evaluation_order
-from utils import derived_seed, gather, say, tell
+from utils import derived_seed, gather, print_main, print_rank
 
 
 def training_loader(views, order, batch_size, steps, *, seed, epoch, rank, num_workers, pin_memory, stream):
@@ -41,7 +41,7 @@ def evaluation_loader(views, batch_size, *, world, rank, num_workers, pin_memory
     )
 
 
-def _deaf(_worker):
+def _block_sigterm(_worker):
     # In the worker, because Python opens SIGTERM again on the way to one that is not forked.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 
@@ -53,7 +53,7 @@ def _started(loader):
     they start; a handler would be forked only. They end when their loader does, or their parent.
     """
     if callable(signal.getsignal(signal.SIGTERM)):  # as in a task of submitit, which lets SIGTERM pass
-        loader.worker_init_fn = _deaf
+        loader.worker_init_fn = _block_sigterm
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
     try:
         return iter(loader)
@@ -74,7 +74,7 @@ def watched(loader):
             if replaced := views.replaced(places, batch[-1]):
                 for index in replaced:
                     if index not in views.met | views.unreadable:
-                        tell(f"{views.why(index)}; the next readable image stands in for it.")
+                        print_rank(f"{views.why(index)}; the next readable image stands in for it.")
                     views.met.add(index)
                 views.check(views.met | views.unreadable)
             yield batch
@@ -99,7 +99,7 @@ def count_unreadable(*sets):
             views.check(views.unreadable)
             count += len(met)
     if count:
-        say(f"Unreadable images in this epoch: {count}.")
+        print_main(f"Unreadable images in this epoch: {count}.")
     return count
 
 
@@ -107,15 +107,15 @@ def to_device(loader, device, finish=None, seed=()):
     """The loader's batches, their tensors on the device, finished there; on CUDA ahead of their use.
 
     Args:
-        finish: of Views, (seed, device) -> function of a batch, as `transforms.DeviceFinish`; None: nothing is left.
+        finish: (seed, device) -> function of a batch, as `transforms.DeviceFinish`; None: nothing is left.
         seed: the numbers that decide what it draws.
     """
     finish = finish(derived_seed(*seed), device) if finish else tuple
     finished = (finish([tensor.to(device, non_blocking=True) for tensor in batch]) for batch in loader)
-    return _ahead(finished, device) if device.type == "cuda" else finished
+    return _prefetch(finished, device) if device.type == "cuda" else finished
 
 
-def _ahead(batches, device):
+def _prefetch(batches, device):
     """The batches, each made on a stream of its own while the one before it is in use."""
     side, using, ready = torch.cuda.Stream(device), torch.cuda.current_stream(device), None
     side.wait_stream(using)  # for what the finish holds

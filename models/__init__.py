@@ -6,7 +6,7 @@ import timm
 
 from models import baselines, convmixer, semiformer  # noqa: F401  (importing is registering)
 from models.baselines import MyResNet, single_stream
-from models.blocks import folded, update_statistics_once  # noqa: F401  (folded: re-exported)
+from models.blocks import fold_batchnorm, update_statistics_once  # noqa: F401  (folded: re-exported)
 
 NAMES = [*semiformer.default_cfgs, *convmixer.default_cfgs, *baselines.default_cfgs]  # of the networks of ours
 
@@ -59,7 +59,7 @@ def build_model(
     return model if isinstance(model, MyResNet) else single_stream(model)
 
 
-def save_memory(model):
+def enable_grad_checkpointing(model):
     """Compute activations again in backward instead of keeping them (`--grad-checkpointing`), in place.
 
     Running statistics are updated once. Raises ValueError for a network that cannot.

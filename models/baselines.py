@@ -6,7 +6,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from models.blocks import ConvBlock, recomputed
-from models.semiformer import describe, head, init_weights, registered
+from models.semiformer import describe_networks, head, init_weights, registered
 
 
 class SingleStream:
@@ -127,9 +127,9 @@ class MyResNet(nn.Module):
 
 
 default_cfgs = generate_default_cfgs(
-    describe("myresnet50", "myresnet101", "myresnet152", first_conv="model.conv1", classifier="model.fc")
-    | describe("conv_micro", first_conv="stem.0", classifier="head")
-    | describe(
+    describe_networks("myresnet50", "myresnet101", "myresnet152", first_conv="model.conv1", classifier="model.fc")
+    | describe_networks("conv_micro", first_conv="stem.0", classifier="head")
+    | describe_networks(
         *("deit_med_patch16_224", "deit_micro_patch16_224"),
         first_conv="patch_embed.proj",
         classifier="head",

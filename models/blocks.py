@@ -25,7 +25,7 @@ def transformer_block(embed_dim, num_heads, mlp_ratio, qkv_bias, drop, drop_path
     )
 
 
-def folded(network):
+def fold_batchnorm(network):
     """A copy for evaluation, its BatchNorms worked into the convolutions before them: the same function, fewer steps.
 
     Modules name such neighbours in `conv_bn`, pairs of attribute names. BatchNorms elsewhere stay.

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.blocks import ConvTransBlock, enlarged, transformer_block
-from models.semiformer import HEADS, Semiformer, describe, registered
+from models.semiformer import HEADS, Semiformer, describe_networks, registered
 
 
 class ConvMixerBlock(nn.Module):
@@ -63,7 +63,7 @@ class SemiformerConvMixer(Semiformer):
 
 
 default_cfgs = generate_default_cfgs(
-    describe("Semiformer_convmixer_12depth", first_conv=("conv1", "convmix1_embed.0"), classifier=HEADS)
+    describe_networks("Semiformer_convmixer_12depth", first_conv=("conv1", "convmix1_embed.0"), classifier=HEADS)
 )
 
 

@@ -202,7 +202,7 @@ class Semiformer(nn.Module):
         return torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
 
 
-def describe(*names, **about):
+def describe_networks(*names, **about):
     """timm's `pretrained_cfg` of networks: the names of their `first_conv` and `classifier`, the rest timm's default.
 
     That is our evaluation view: 224 px, cut from 256 (bicubic), ImageNet's mean and deviation.
@@ -211,7 +211,7 @@ def describe(*names, **about):
 
 
 default_cfgs = generate_default_cfgs(  # timm finds them under this name
-    describe(
+    describe_networks(
         *("Semiformer_small_patch16", "Semiformer_PE_small_patch16", "Semiformer_tiny_patch16"),
         *("Semiformer_micro_patch16", "Semiformer_PE_micro_patch16", "Conformer_tiny_patch16"),
         *("Conformer_small_patch16", "Conformer_small_patch32", "Conformer_base_patch16"),

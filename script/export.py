@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 import utils
-from models import folded, pretrained
+from models import fold_batchnorm, pretrained
 from options import get_args_parser
 from training import checkpoint
 
@@ -40,7 +40,7 @@ class Fused(nn.Module):
 
     def __init__(self, network):
         super().__init__()
-        self.network = folded(network)
+        self.network = fold_batchnorm(network)
 
     def forward(self, images):
         """(N, 3, S, S), normalised -> (N, classes)."""
@@ -235,10 +235,10 @@ def main(words=None):
         gap = export_onnx(model.network, model.input_size, args.output / "model.onnx")
         said = f"summed logits, opset {OPSET}, at most {gap:.1e} from PyTorch's (onnxruntime, 1 and 3 images of noise)"
         print(f"model.onnx: {said}")
-    utils.write_whole(args.output / "README.md", card(model, args.checkpoint, args.ema, said), "--output")
+    utils.write_atomic(args.output / "README.md", card(model, args.checkpoint, args.ema, said), "--output")
     print(f"Exported {model.name} of {args.checkpoint} to {args.output}")
 
 
 if __name__ == "__main__":
-    sys.excepthook = partial(utils.last_words, "export.py")
+    sys.excepthook = partial(utils.excepthook, "export.py")
     main()

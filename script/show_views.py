@@ -19,7 +19,7 @@ from torch.utils.data import default_collate
 
 import options
 import utils
-from datasets import Views, build_training_sets, validation_view
+from datasets import MultiViewDataset, build_training_sets, validation_view
 from images.transforms import FIXMATCH, IMAGENET, DeviceFinish
 from script import picture
 
@@ -39,14 +39,14 @@ def _colours(images, data_set):
 
 
 def _batch(views, places, seed):
-    """The batch of these places of Views as the network gets it."""
+    """The batch of these places of MultiViewDataset as the network gets it."""
     batch = default_collate([views[place] for place in places])
     return views.finish(seed, torch.device("cpu"))(batch) if views.finish else batch
 
 
 def _rows(args, pool, places, labelled, unlabelled):
     """[(target, {title: (S, S, 3)})] of these places of `pool`, Views; `labelled`, `unlabelled` or None lend theirs."""
-    like = partial(Views, pool.samples, pool.indices, tolerated=pool.tolerated)
+    like = partial(MultiViewDataset, pool.samples, pool.indices, tolerated=pool.tolerated)
     whole = like(validation_view(args), finish=DeviceFinish if pool.finish else None)
     images, targets, _ = _batch(whole, places, args.seed)
     columns = {"evaluation": images}

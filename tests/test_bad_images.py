@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import semi_main as program
-from datasets import Views
+from datasets import MultiViewDataset
 from images import decoding
 from images.decoding import UnreadableImage, read_rgb
 from images.loading import count_unreadable, evaluation_loader, to_device, training_loader, watched
@@ -179,7 +179,7 @@ def numbers(n=10, broken=(), indices=None, *, tolerated=10, views=1, error=Unrea
     """Views of `Numbers` whose target is ten times the index."""
     samples = Samples(Numbers(n, broken, error), 10 * np.arange(n), ())
     indices = range(n) if indices is None else indices
-    return Views(samples, indices, *[lambda image: image] * views, tolerated=tolerated)
+    return MultiViewDataset(samples, indices, *[lambda image: image] * views, tolerated=tolerated)
 
 
 @pytest.mark.parametrize("broken, given", [
@@ -269,9 +269,9 @@ def test_more_than_tolerated_over_several_steps_end_the_run(workers):
 def test_other_processes_images_count_at_the_end_of_the_epoch(monkeypatch):
     data = numbers(12, {1, 5, 9}, tolerated=2)
     data.met = {1}
-    monkeypatch.setattr("loading.gather", lambda met: [met, {5}])
+    monkeypatch.setattr("images.loading.gather", lambda met: [met, {5}])
     assert count_unreadable(data) == 2 and data.unreadable == {1, 5} and data.met == set()
-    monkeypatch.setattr("loading.gather", lambda met: [met, {9}])
+    monkeypatch.setattr("images.loading.gather", lambda met: [met, {9}])
     with pytest.raises(UnreadableImage, match="At least 3 of 12 .*: 1.jpg, 5.jpg, 9.jpg; "):
         count_unreadable(data)
 
@@ -382,5 +382,5 @@ def test_two_processes_name_their_broken_images(tree, tmp_path):
 def test_a_source_of_files_takes_part(tmp_path):
     draw(tmp_path / "a.png"), (tmp_path / "b.JPEG").mkdir(), (tmp_path / "c.JPEG").symlink_to("nowhere")
     samples = Samples(FileSource(tmp_path, ["a.png", "b.JPEG", "c.JPEG"]), np.arange(3), ())
-    data = Views(samples, [1, 2, 0], lambda image: image.getpixel((0, 0)), tolerated=2)
+    data = MultiViewDataset(samples, [1, 2, 0], lambda image: image.getpixel((0, 0)), tolerated=2)
     assert [data[i] for i in range(3)] == [((10, 20, 30), 0, 0)] * 3

@@ -98,7 +98,7 @@ def test_the_proof_finds_a_fold_that_changes_the_function(quick, monkeypatch):
         copy.bn1 = nn.Identity()
         return copy
 
-    monkeypatch.setattr(variants.models, "folded", leave_out)
+    monkeypatch.setattr(variants.models, "fold_batchnorm", leave_out)
     with pytest.raises(ValueError, match="evaluation logits differ"):
         variants.prove(quick)
 

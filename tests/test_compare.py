@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -147,7 +148,7 @@ def test_a_folder_that_is_no_run(tmp_path, tool, name, content, message):
     (folder / name).unlink()
     if content is not None:
         (folder / name).write_bytes(content.encode("latin-1"))
-    with pytest.raises(SystemExit, match=f"^{tool.__name__}.py: error: {tmp_path}/a/{message}") as stopped:
+    with pytest.raises(SystemExit, match=f"^{name_of(tool)}: error: {tmp_path}/a/{message}") as stopped:
         tool.main([str(folder)])
     assert "\n" not in stopped.value.code
 
@@ -157,6 +158,10 @@ def test_a_run_given_twice(tmp_path, tool):
     folder = make_run(tmp_path / "a", [record(0, 1)])
     with pytest.raises(SystemExit, match="is given twice: name each run once."):
         tool.main([str(folder), f"{folder}/../a"])
+
+
+def name_of(tool):
+    return Path(tool.__file__).name
 
 
 def test_an_unknown_metric(six):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import options
-from datasets import DATA_SETS, Views, build_training_sets, build_validation_set
+from datasets import DATA_SETS, MultiViewDataset, build_training_sets, build_validation_set
 from images.readers import Samples
 from tests.trees import draw, make_cifar, make_fashion, make_inat, make_places, make_semi_inat, paths, tree
 
@@ -53,8 +53,8 @@ class CountingSource:
 def test_views_load_an_image_once():
     source = CountingSource(4)
     samples = Samples(source, np.array([5, 6, 7, -1]), ("a",) * 8)
-    labelled = Views(samples, [2, 0], lambda image: image + 1)
-    unlabelled = Views(samples, [3, 1, 2], lambda image: image + 1, lambda image: image + 2)
+    labelled = MultiViewDataset(samples, [2, 0], lambda image: image + 1)
+    unlabelled = MultiViewDataset(samples, [3, 1, 2], lambda image: image + 1, lambda image: image + 2)
     assert (len(samples), len(labelled), len(unlabelled)) == (4, 2, 3)
     assert [labelled[i] for i in range(2)] == [(301, 7, 2), (101, 5, 0)]
     assert [unlabelled[i] for i in range(3)] == [(401, 402, -1, 3), (201, 202, 6, 1), (301, 302, 7, 2)]

@@ -118,7 +118,7 @@ def through(wrapper, words, settings, folder):
     env = {**os.environ, "PYTHON": str(tell)} | dict(setting.split("=", 1) for setting in settings)
     subprocess.run(["bash", ROOT / wrapper, *words], env=env, cwd=folder, capture_output=True, timeout=30)
     said = (folder / "python.said").read_text().split("END\n")
-    return [each.splitlines() for each in said if ".py" in each][0]
+    return [each.splitlines() for each in said if ".py" in each or "-m\nstudy." in each][0]
 
 
 def python_part(words, folder):

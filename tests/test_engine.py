@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import engine
 from engine import evaluate, evaluating, train_one_epoch, train_step
 from losses import Recipe
-from models import build_model, folded
+from models import build_model, fold_batchnorm
 from options import get_args_parser
 from tests.forms import FORMS, published
 from tests.reference import fill, images, load
@@ -377,7 +377,9 @@ def test_a_compiled_network_has_a_graph_to_train_and_one_to_label_in_the_whole_r
         train_one_epoch(state, model, model, labelled, unlabelled if epoch else None, recipe, epoch=epoch, steps=3,
                         autocast=nullcontext, accum_iter=2)  # fmt: skip
         for network in (model, state.ema.module):
-            evaluate(folded(network), [labelled[0], (labelled[0][0][:1], labelled[0][1][:1])], autocast=nullcontext)
+            evaluate(
+                fold_batchnorm(network), [labelled[0], (labelled[0][0][:1], labelled[0][1][:1])], autocast=nullcontext
+            )
         graphs.append(counters["unique_graphs"] - before)
     assert graphs == [1, 2, 2]
 

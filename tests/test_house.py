@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {"semi_main", "run_with_submitit", "predict", "hubconf"}
-TOOLS = {"script", "study", "benchmarks", "data_splits", "docs"}  # run by a person; nothing else imports them
+TOOLS = {"script", "study", "benchmarks", "data_splits", "docs", "tests"}  # run by a person; nothing else imports them
 # What the method and the packages may import of this project, beside their own package. The rest is free.
 MAY_IMPORT = {
     "pseudo_labels": set(),
@@ -30,11 +30,12 @@ OPTIONAL = {
 
 
 def _ours(path):
-    """Not hidden, not a test, not someone's virtual environment."""
+    """Not hidden, not a test (but the proofs, which are programs), not someone's virtual environment."""
     parts = path.relative_to(ROOT).parts
     inside = [ROOT.joinpath(*parts[:i]) for i in range(1, len(parts))]
-    return (parts[0] not in ("tests", "shared", "output") and not any(part.startswith(".") for part in parts)
-            and not any((folder / "pyvenv.cfg").exists() for folder in inside))  # fmt: skip
+    if parts[0] in ("shared", "output") or parts[0] == "tests" and parts[1] != "proofs":
+        return False
+    return not any(part.startswith(".") for part in parts) and not any((f / "pyvenv.cfg").exists() for f in inside)
 
 
 FILES = sorted(path for path in ROOT.rglob("*.py") if _ours(path))
@@ -105,7 +106,7 @@ def absolute_paths(text):
 
 def test_all_files_are_found():
     assert {"semi_main.py", "engine.py", "utils.py", "models/__init__.py", "images/loading.py"} <= set(MODULES)
-    assert not [name for name in TREES if name.startswith("tests") or "site-packages" in name]
+    assert not [name for name in TREES if "/test_" in name or "site-packages" in name]
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if package(name) in MAY_IMPORT])
@@ -116,7 +117,7 @@ def test_the_method_knows_no_file_and_the_packages_know_no_flag(name):
 
 
 def test_programs_and_tools_are_imported_by_nobody():
-    forbidden = PROGRAMS | TOOLS | {"tests"}
+    forbidden = PROGRAMS | TOOLS
     found = {name: imports(tree, within=package(name)) & forbidden for name, tree in MODULES.items()}
     assert {name: used for name, used in found.items() if used} == {"run_with_submitit.py": {"semi_main"}}
 

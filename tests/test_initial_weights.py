@@ -17,7 +17,7 @@ import semi_main
 from models import build_model
 from tests.trees import make_tree
 from training import checkpoint
-from training.initial_weights import apply_starts, start_files
+from training.initial_weights import initial_weight_files, load_initial_weights
 
 TINY, PE = "Semiformer_tiny_patch16", "Semiformer_PE_small_patch16"
 FILES = {"--finetune": "--finetune FILE"} | {
@@ -61,7 +61,7 @@ def load(flag, content, model, folder):
     path = folder / "start.pth"
     torch.save(content, path)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    apply_starts(parse(FILES[flag].replace("FILE", str(path))), model)
+    load_initial_weights(parse(FILES[flag].replace("FILE", str(path))), model)
     return {key: not torch.equal(value, before[key]) for key, value in model.state_dict().items()}
 
 
@@ -300,10 +300,10 @@ def test_a_file_that_is_not_there_or_no_checkpoint_is_named_with_its_flag(tmp_pa
     path, model = tmp_path / "start.pth", network("resnet18")
     args = parse(FILES[flag].replace("FILE", str(path)))
     with pytest.raises(FileNotFoundError, match=rf"^{flag}: There is no checkpoint {path}"):
-        apply_starts(args, model)
+        load_initial_weights(args, model)
     path.write_text("not a checkpoint")
     with pytest.raises(ValueError, match=rf"^{flag}: .*{path}"):
-        apply_starts(args, model)
+        load_initial_weights(args, model)
 
 
 @pytest.mark.parametrize("flag", list(FILES)[1:])
@@ -313,7 +313,11 @@ def test_a_flag_without_its_file_and_a_file_without_its_flag_name_both(flag):
         (flag, f"{flag} needs a file: add {flag}-file FILE."),
         (f"{flag}-file a.pth", f"{flag}-file a.pth is read with {flag} only: add {flag}, or leave the file out."),
     ):
-        for refuse in (start_files, lambda args: apply_starts(args, None), semi_main.main):  # before any data is read
+        for refuse in (
+            initial_weight_files,
+            lambda args: load_initial_weights(args, None),
+            semi_main.main,
+        ):  # before any data is read
             with pytest.raises(ValueError) as error:
                 refuse(parse(tiny + line))
             assert str(error.value) == message
@@ -321,21 +325,21 @@ def test_a_flag_without_its_file_and_a_file_without_its_flag_name_both(flag):
 
 def test_files_load_in_the_published_order(tmp_path, monkeypatch):
     line = " ".join(FILES[flag].replace("FILE", flag.strip("-")) for flag in reversed(FILES))
-    assert start_files(parse(line)) == [(flag, flag.strip("-")) for flag in FILES]
-    assert start_files(parse("")) == []
+    assert initial_weight_files(parse(line)) == [(flag, flag.strip("-")) for flag in FILES]
+    assert initial_weight_files(parse("")) == []
     model = network()
     tuned, dino, semiformer, warm = noisy(model, 1), vit(), noisy(model, 3), noisy(model, 4)
     for name, content in (("finetune", tuned), ("dino", dino), ("semiformer", semiformer), ("warm", warm)):
         torch.save(content, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     line = "--dino-load --dino-load-file dino --finetune finetune"
-    apply_starts(parse(line), model)
+    load_initial_weights(parse(line), model)
     own = model.state_dict()
     assert torch.equal(own["conv1.weight"], tuned["conv1.weight"]) and torch.equal(own["cls_token"], dino["cls_token"])
     line += " --semiformer-load --semiformer-load-file semiformer"
-    apply_starts(parse(line), model)
+    load_initial_weights(parse(line), model)
     assert all(torch.equal(own[key], (tuned if "cls_head" in key else semiformer)[key]) for key in own)
-    apply_starts(parse(line + " --warmup-model-load --warmup-model-load-file warm"), model)
+    load_initial_weights(parse(line + " --warmup-model-load --warmup-model-load-file warm"), model)
     assert all(torch.equal(own[key], warm[key]) for key in own)
 
 

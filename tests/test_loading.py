@@ -186,7 +186,7 @@ def test_a_batch_is_made_while_the_one_before_is_used(monkeypatch, n):
             done.append(f"{current[-1]} makes {i}")
             yield (OnDevice(i, done),)
 
-    for i, (tensor,) in enumerate(loading._ahead(made(), torch.device("cuda"))):
+    for i, (tensor,) in enumerate(loading._prefetch(made(), torch.device("cuda"))):
         assert tensor.name == i and current == ["using"]
         done.append(f"step {i}")
     expected = ["side waits for using"] + ["side makes 0"][:n]

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 
 from benchmarks import measure_lists
-from datasets import Views
+from datasets import MultiViewDataset
 from images.loading import training_loader
 from samplers import training_order
 from tests.trees import ROOT
@@ -16,7 +16,7 @@ from tests.trees import ROOT
 def test_an_entry_takes_its_path_and_four_numbers(tmp_path):
     n = 10_000
     samples = measure_lists.synthetic(tmp_path, n)
-    views = Views(samples, np.arange(n), np.asarray)
+    views = MultiViewDataset(samples, np.arange(n), np.asarray)
     loader = training_loader(views, training_order(n), 10, n // 10, seed=0, epoch=0, rank=0, stream=0,
                              num_workers=0, pin_memory=False)  # fmt: skip
     held = {type(value) for thing in (samples.source, views) for value in vars(thing).values() if np.size(value) > 8}

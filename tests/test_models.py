@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import models
 from images.transforms import eval_view
-from models import build_model, folded, save_memory
+from models import build_model, enable_grad_checkpointing, fold_batchnorm
 from models.blocks import ConvBlock, FCUDown
 from tests.forms import FORMS
 from tests.reference import fill, images, load
@@ -230,7 +230,7 @@ def test_folded_batchnorms_are_the_same_function_on_a_copy(name, left):
     model = fill(build_model(name, 10, 64), 7).train()
     batch = images(107, size=64)
     model(batch)  # running statistics that are not 0 and 1
-    copy = folded(model)
+    copy = fold_batchnorm(model)
     assert model.training and not copy.training
     assert sum(isinstance(module, torch.nn.BatchNorm2d) for module in copy.modules()) == left
     with torch.no_grad():
@@ -245,7 +245,7 @@ def test_activations_computed_again_leave_gradients_and_statistics_as_they_were(
     torch.manual_seed(0)
     plain = build_model(name, 10, 32).double().train()
     saving = deepcopy(plain)
-    save_memory(saving)
+    enable_grad_checkpointing(saving)
     batch, kept = torch.randn(4, 3, 32, 32, dtype=torch.float64), {}
     for model in (plain, saving):
         saved = []
@@ -270,7 +270,7 @@ def test_compiled_and_computed_again_is_the_same_step():
     torch.manual_seed(0)
     plain = build_model("Semiformer_micro_patch16", 10, 32).double().train()
     both = deepcopy(plain)
-    save_memory(both)
+    enable_grad_checkpointing(both)
     torch._dynamo.reset()
     both.compile(backend="aot_eager")
     batch = torch.randn(4, 3, 32, 32, dtype=torch.float64)
@@ -335,4 +335,4 @@ def test_timms_overlay_reaches_the_description():
 
 def test_a_network_without_blocks_cannot_compute_again():
     with pytest.raises(ValueError, match="^--grad-checkpointing: VGG has no blocks to compute again; leave it out."):
-        save_memory(build_model("vgg11", 10, 32))
+        enable_grad_checkpointing(build_model("vgg11", 10, 32))

@@ -12,7 +12,7 @@ import torch
 import predict
 from datasets import build_validation_set
 from engine import evaluate
-from models import build_model, folded, pretrained
+from models import build_model, fold_batchnorm, pretrained
 from options import get_args_parser
 from tests.trees import ROOT, SMALL, broken_images, draw, make_fashion, make_tree
 from training.optimization import mixed_precision
@@ -59,8 +59,8 @@ def test_predictions_are_those_that_evaluation_counts(tree, file, capsys, ema):
     truth = torch.tensor([NAMES.index(row["path"].split("/")[-2]) for row in best])
     network, autocast = pretrained.load(file, ema=ema).network, mixed_precision("off", torch.device("cpu"))[0]
     images = torch.stack([views[i][0] for i in range(15)])
-    assert evaluate(folded(network), [(images, ours)], autocast=autocast)["acc1"] == 100
-    measured = evaluate(folded(network), [(images, truth)], autocast=autocast)["acc1"]
+    assert evaluate(fold_batchnorm(network), [(images, ours)], autocast=autocast)["acc1"] == 100
+    measured = evaluate(fold_batchnorm(network), [(images, truth)], autocast=autocast)["acc1"]
     assert measured == pytest.approx(100 * (ours == truth).double().mean().item())
     for k in range(15):
         three = [float(row["probability"]) for row in found[3 * k : 3 * k + 3]]

@@ -13,7 +13,7 @@ FAULTY = f"""
 import os, runpy, signal, sys
 from training import checkpoint
 import datasets
-fault, rank, load = os.environ["FAULT"], os.environ.get("RANK", "1"), datasets.Views.__getitem__
+fault, rank, load = os.environ["FAULT"], os.environ.get("RANK", "1"), datasets.MultiViewDataset.__getitem__
 
 def faulty(self, i):
     item = load(self, i)
@@ -29,7 +29,7 @@ def faulty(self, i):
 def full(content, path, previous=None):
     raise OSError(f"Cannot write {{path}} (No space left on device)")
 
-datasets.Views.__getitem__ = faulty
+datasets.MultiViewDataset.__getitem__ = faulty
 if fault == "save":
     checkpoint.save = full
 sys.argv[0] = {str(ROOT / "semi_main.py")!r}
@@ -48,7 +48,7 @@ def words(tmp_path_factory):
 
 def start(fault, *command, **env):
     command = [sys.executable, *map(str, command)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": fault, **env}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FAULT": fault, **env}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 

@@ -356,7 +356,7 @@ def test_a_list_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("readers.Path.read_text", refuse)
+    monkeypatch.setattr("images.readers.Path.read_text", refuse)
     with pytest.raises(OSError, match="^Cannot read the list x.txt .--split-folder.: Permission denied.$"):
         image_list("x.txt", tmp_path, "--split-folder")
 

@@ -248,7 +248,7 @@ if rank == 0:
 norm = torch.nn.BatchNorm1d(2)
 norm.running_mean += 7.0 + rank
 utils.broadcast_buffers(norm)
-utils.say("rank", rank, "of", world, utils.gather(rank * 10), meters.means_over_ranks(),
+utils.print_main("rank", rank, "of", world, utils.gather(rank * 10), meters.means_over_ranks(),
           meters.count_over_ranks("loss"))
 assert norm.running_mean.tolist() == [7.0, 7.0]
 torch.distributed.destroy_process_group()

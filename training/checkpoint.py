@@ -21,12 +21,12 @@ from urllib.parse import urlsplit
 
 import torch
 
-from utils import say, sync_folder, write_whole, writing
+from utils import print_main, sync_folder, write_atomic, writing
 
 # What a published file may hold beside tensors and plain containers. None of these runs code when unpickled.
 SAFE_CLASSES = [argparse.Namespace, pathlib.Path, pathlib.PosixPath, pathlib.PurePosixPath]
 
-WHOLE = ("optimizer", "lr_scheduler", "epoch")  # what a training state has beside the weights
+STATE_KEYS = ("optimizer", "lr_scheduler", "epoch")  # what a training state has beside the weights
 
 HEADS = {"head", "head_dist", "fc", "classifier", "conv_cls_head", "trans_cls_head"}
 
@@ -77,7 +77,7 @@ class TrainState:
         `path` is named in the messages. Raises ValueError where a part is not of this network or optimizer, or
         where the classes have other names.
         """
-        if differing := other_names(classes_in(content), self.classes):
+        if differing := class_mismatch(classes_in(content), self.classes):
             raise ValueError(
                 f"{path} is of other classes than the data, {differing}: check --data-path, or --finetune it."
             )
@@ -86,11 +86,11 @@ class TrainState:
             if "model_ema" in content:
                 load_weights(self.ema.module, content["model_ema"], f"{path} (model_ema)")
             else:
-                say(f"{path} holds no model_ema: the moving average starts from its weights.")
+                print_main(f"{path} holds no model_ema: the moving average starts from its weights.")
                 self.ema.module.load_state_dict(self.model.state_dict())
-        lacking = [key for key in WHOLE if key not in content]
+        lacking = [key for key in STATE_KEYS if key not in content]
         if lacking:
-            say(f"{path} lacks {', '.join(lacking)}: its weights are used, the rest starts anew.")
+            print_main(f"{path} lacks {', '.join(lacking)}: its weights are used, the rest starts anew.")
             return
         try:
             self.optimizer.load_state_dict(content["optimizer"])
@@ -161,11 +161,11 @@ def fetch(path_or_url):
     name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{os.path.basename(urlsplit(url).path)}"
     path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
     if os.path.isfile(path):
-        say(f"{url} is already in {path}.")
+        print_main(f"{url} is already in {path}.")
         return path
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}"
-    say(f"Downloading {url} to {path}.")
+    print_main(f"Downloading {url} to {path}.")
     try:
         # Not torch.hub.download_url_to_file, which takes a connection cut half-way for the end of the file.
         request = urllib.request.Request(url, headers={"User-Agent": "torch.hub"})
@@ -247,7 +247,7 @@ def save_safetensors(weights, about, path):
     """
     tensors = {key: value.contiguous() for key, value in weights.items()}
     metadata = {"format": "pt", "semiformer": json.dumps(about, default=str)}  # transformers wants a format
-    write_whole(path, _safetensors().torch.save(tensors, metadata), "--output")
+    write_atomic(path, _safetensors().torch.save(tensors, metadata), "--output")
 
 
 def _read_safetensors(path):
@@ -277,7 +277,7 @@ def classes_in(content):
     return classes if named else None
 
 
-def other_names(there, here):
+def class_mismatch(there, here):
     """The first class whose name in a checkpoint is not that of the data, in words; "" if all agree or are unknown."""
     for i, (old, new) in enumerate(zip(there or (), here or ())):
         if old != new:

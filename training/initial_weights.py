@@ -10,12 +10,12 @@ import torch
 from torch.nn import functional as F
 
 from training import checkpoint
-from utils import say
+from utils import print_main
 
 NOT_GIVEN = ("", "None")  # released code: a path flag that is not given is the string "None"
 
 
-def start_files(args):
+def initial_weight_files(args):
     """[(flag, file)] of the start-up files, in the order in which they load.
 
     Raises ValueError for a `--*-load` without its file and for a file without its flag.
@@ -32,14 +32,14 @@ def start_files(args):
     return files
 
 
-def apply_starts(args, model):
+def load_initial_weights(args, model):
     """Load the start-up files of the flags into the bare network; a later file wins over an earlier one.
 
     Says what each gave. Raises ValueError or OSError naming flag and file where one is missing or does not fit.
     """
     # ours: the network is in train mode all along; the released code leaves it in eval mode in the supervised
     # phase after --finetune.
-    for flag, file in start_files(args):
+    for flag, file in initial_weight_files(args):
         name = f"{flag} {file}"
         try:
             content = checkpoint.read(file)
@@ -48,17 +48,17 @@ def apply_starts(args, model):
         LOADS[flag](model, checkpoint.weights_in(content, name), name)
 
 
-def _some(keys):
+def _abbreviated(keys):
     return ", ".join(keys[:6]) + (f", ... ({len(keys)})" if len(keys) > 6 else "")
 
 
-def _take(model, weights, kept, name, unused=()):
+def _load_except(model, weights, kept, name, unused=()):
     """Load `weights`, which must be all of the network but the keys in `kept`; `unused` ones are only told."""
     own = model.state_dict()
     checkpoint.load_weights(model, {key: own[key] for key in kept} | weights, name)
-    left = f"; left as they were: {_some(kept)}" if kept else ""
-    told = f"; not used: {_some(unused)}" if unused else ""
-    say(f"{name}: {len(weights)} of {len(own)} tensors taken{left}{told}.")
+    left = f"; left as they were: {_abbreviated(kept)}" if kept else ""
+    told = f"; not used: {_abbreviated(unused)}" if unused else ""
+    print_main(f"{name}: {len(weights)} of {len(own)} tensors taken{left}{told}.")
 
 
 def _resized(positions, length, prefix, name):
@@ -77,7 +77,7 @@ def _resized(positions, length, prefix, name):
         )
     grid = grid.float().transpose(1, 2).unflatten(2, (old, old))  # (1, L, E) -> (1, E, h, h)
     grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
-    say(f"{name}: pos_embed resized from {old}x{old} to {new}x{new}.")
+    print_main(f"{name}: pos_embed resized from {old}x{old} to {new}x{new}.")
     return torch.cat([positions[:, :prefix].float(), grid.flatten(2).transpose(1, 2)], dim=1)
 
 
@@ -100,7 +100,7 @@ def _finetune(model, weights, name):
     }
     dropped = [key for key in weights if _layer(key) in other]
     kept = [key for key in own if _layer(key) in other]
-    _take(model, {key: weights[key] for key in weights if key not in dropped}, kept, name, dropped)
+    _load_except(model, {key: weights[key] for key in weights if key not in dropped}, kept, name, dropped)
 
 
 def _stream_name(key):
@@ -120,7 +120,9 @@ def _dino(model, weights, name):
     plain = ("cls_token", "pos_embed", "blocks.", "norm.", "patch_embed.", "head.")
     foreign = [key for key in weights if not key.startswith(plain)]
     if foreign:
-        raise ValueError(f"{name} is no plain ViT: it holds {_some(foreign)}; give a state dict with timm's names.")
+        raise ValueError(
+            f"{name} is no plain ViT: it holds {_abbreviated(foreign)}; give a state dict with timm's names."
+        )
     own = model.state_dict()
     # Patch embedding and head have no counterpart, nor have blocks beyond the network's own: ConvMixer has 11 of 12.
     unused = [key for key in weights if not hasattr(model, _stream_name(key).split(".")[0])]
@@ -130,14 +132,14 @@ def _dino(model, weights, name):
         taken["pos_embed"] = _resized(taken["pos_embed"][:, 1:], own["pos_embed"].shape[1], 0, name)
     stream = ("cls_token", "pos_embed", "trans_norm.", "trans_1.")
     kept = [key for key in own if not (key.startswith(stream) or ".trans_block." in key)]
-    _take(model, taken, kept, name, unused)
+    _load_except(model, taken, kept, name, unused)
 
 
 def _semiformer(model, weights, name):
     """Everything but the heads."""
     heads = [key for key in weights if "cls_head" in key]
     kept = [key for key in model.state_dict() if "cls_head" in key]
-    _take(model, {key: weights[key] for key in weights if key not in heads}, kept, name, heads)
+    _load_except(model, {key: weights[key] for key in weights if key not in heads}, kept, name, heads)
 
 
 def _resnet(model, weights, name):
@@ -150,12 +152,12 @@ def _resnet(model, weights, name):
     taken = {prefix + key: weights[key] for key in weights if key not in unused}
     # Files older than PyTorch 0.4.1 do not count batches, and no statistic here depends on the count.
     uncounted = [key for key in own if key.endswith("num_batches_tracked") and key not in taken]
-    _take(model, taken, [key for key in own if key.startswith(f"{prefix}fc.")] + uncounted, name, unused)
+    _load_except(model, taken, [key for key in own if key.startswith(f"{prefix}fc.")] + uncounted, name, unused)
 
 
 def _warmup(model, weights, name):
     """Everything, exactly."""
-    _take(model, weights, [], name)
+    _load_except(model, weights, [], name)
 
 
 LOADS = {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import utils
 from training import checkpoint
-from utils import say
+from utils import print_main
 
 LATEST, PREVIOUS, BEST, FORK = "checkpoint.pth", "checkpoint.prev.pth", "best.pth", "epoch_{}_checkpoint.pth"
 
@@ -23,8 +23,8 @@ def newest(folder):
             continue
         try:
             content = checkpoint.read(path)
-            if not isinstance(content, dict) or any(key not in content for key in checkpoint.WHOLE):
-                raise ValueError(f"{path} holds no whole training state ({', '.join(checkpoint.WHOLE)})")
+            if not isinstance(content, dict) or any(key not in content for key in checkpoint.STATE_KEYS):
+                raise ValueError(f"{path} holds no whole training state ({', '.join(checkpoint.STATE_KEYS)})")
         except (OSError, ValueError) as error:
             damaged.append(str(error))
             continue
@@ -38,7 +38,7 @@ def newest(folder):
             "or name another file with --resume."
         )
     for reason in damaged:
-        say(f"Warning: {reason}; going on from the older {found}, of epoch {epoch}.")
+        print_main(f"Warning: {reason}; going on from the older {found}, of epoch {epoch}.")
     return found and str(found)
 
 
@@ -52,7 +52,9 @@ def resume_file(resume, folder):
     if not folder:
         raise ValueError("--resume auto looks for a checkpoint in --output_dir: name that folder, or a file.")
     found = utils.on_main(newest, folder)
-    say(f"--resume auto: going on from {found}." if found else f"--resume auto: {folder} holds no checkpoint yet.")
+    print_main(
+        f"--resume auto: going on from {found}." if found else f"--resume auto: {folder} holds no checkpoint yet."
+    )
     return found or ""
 
 
@@ -75,7 +77,9 @@ class Output:
         """Take the lines of epochs after this one, which come again, and half-written ones out of log.txt."""
         dropped = utils.on_main(utils.trim_json_lines, self.folder / "log.txt", epoch) if self.folder else 0
         if dropped:
-            say(f"{self.folder / 'log.txt'}: {dropped} lines are not of epochs up to {epoch}, now in log.dropped.txt.")
+            print_main(
+                f"{self.folder / 'log.txt'}: {dropped} lines are not of epochs up to {epoch}, now in log.dropped.txt."
+            )
 
     def save(self, content, names, record=None, keep_previous=True):
         """Write an epoch's log line, if it has one, then its checkpoints, in the order of `names`.

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import utils
-from utils import say
+from utils import print_main
 
 BINS = 15
 STREAMS = {"": "top1", "_head1": "top1_cnn", "_head2": "top1_transformer"}  # score of `engine.evaluate`: CSV column
@@ -128,7 +128,7 @@ def write(folder, tally, classes, streams, prefix=""):
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
-        say(f"Not drawn: {' and '.join(pictures)}, for matplotlib is not installed: pip install matplotlib.")
+        print_main(f"Not drawn: {' and '.join(pictures)}, for matplotlib is not installed: pip install matplotlib.")
         return
     for name, draw in pictures.items():
         path = Path(folder, name)
@@ -140,7 +140,7 @@ def write(folder, tally, classes, streams, prefix=""):
 def _write_csv(path, rows):
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    utils.write_whole(path, text.getvalue())
+    utils.write_atomic(path, text.getvalue())
 
 
 # -------------------------------------------------------------------------------- pictures

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import utils
-from utils import say
+from utils import print_main
 
 
 def check(folder):
@@ -82,7 +82,7 @@ class Curves:
             self._write(step=step, summary=Summary(value=values))
         except OSError as error:
             self.path = None
-            say(f"Warning: {error} The run goes on without --tensorboard's curves until it is started again.")
+            print_main(f"Warning: {error} The run goes on without --tensorboard's curves until it is started again.")
 
     def reporter(self, first):
         """The `report` of `engine.train_one_epoch` for an epoch whose first step is `first`; None on other ranks."""
