@@ -174,6 +174,7 @@ def _run_as_main(program, words, env, output):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
     os.environ.clear()
     os.environ.update(env)
+    multiprocessing.set_start_method(None, force=True)  # of data workers: the default, no longer the fork server
     torch.set_num_threads(1)
     sys.argv = [program, *words]
     try:
