@@ -138,7 +138,7 @@ def objective(
 
 
 def consistency(weak_feats: list[Tensor], strong_feats: list[Tensor], recipe: Recipe) -> Tensor:
-    """Return the contrastive loss that pulls an image's strong view to its own weak view, away from other images'.
+    """Return the contrastive loss that pulls an image's strong view to its weak view and away from other images.
 
     Source: released code of Weng et al., ECCV 2022.
 

@@ -22,7 +22,8 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 import semi_main
 
 CPUS_PER_TASK, GB_PER_TASK = 10, 40
-SIGNAL_AHEAD_S, REQUEUES = 120, 30
+SIGNAL_AHEAD_S = 120  # from the signal to the time limit
+REQUEUES = 30  # at most, after time limits
 SHARED_FOLDER = Path("output", "jobs")
 # Importing torch can take most of a minute, during which the signal has no handler yet and would end the task.
 # It is therefore blocked when the task starts, and delivered when Task.__call__ unblocks it.
@@ -99,7 +100,7 @@ def _replace(args, **settings):
 
 
 def check(args):
-    """Raise ValueError with a one-sentence message for flags that no job can be made of."""
+    """Raise ValueError, with a sentence that names the flags, if they do not describe a job that can be submitted."""
     for name in ("ngpus", "nodes", "timeout"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")

@@ -147,8 +147,8 @@ def unlabelled_images(path):
     `path` is a folder, whose images at any depth are sorted by path, or a CSV file as in `image_csv`, whose order is
     kept and whose labels are ignored.
 
-    Raises FileNotFoundError or ValueError, which name the file, if it or all of its first images are missing, it lists
-    no image or it is not such a CSV file.
+    Raises FileNotFoundError if `path` or each of the first 100 images is missing, and ValueError if there are no images
+    or the file is not such a CSV file.
     """
     path = Path(path)
     if not path.is_dir():
@@ -277,8 +277,8 @@ def image_list(path, root, flag, *others, labelled=True):
     Returns:
         Samples; the classes are the numbers from 0 to the largest target of all lists.
 
-    Raises FileNotFoundError if a list or all of its first images are missing, and ValueError, which names the line, if
-    a target is missing or a path leaves the folder.
+    Raises FileNotFoundError if a list or each of the first 100 images is missing, and ValueError, which names the line,
+    if a target is missing or a path leaves the folder.
     """
     paths, targets = _read_list(path, root, flag, labelled)
     largest = max(map(max, [targets, *(_read_list(other, root, flag, True)[1] for other in others)]))
@@ -319,8 +319,8 @@ def image_csv(path, *unlabelled, complete=False):
     Returns:
         Samples; the classes are the labels in natural order.
 
-    Raises FileNotFoundError if a file or all of its first images are missing, and ValueError, which names file and
-    line, if an image is listed twice or leaves the folder, no row has a label, or with `complete` a row has none.
+    Raises FileNotFoundError if a file or each of the first 100 images is missing, and ValueError, which names the file,
+    if an image is listed twice or leaves the folder, no row has a label, or with `complete` a row has none.
     """
     rows = _csv_rows(path, "--data-path")
     missing = [entry for entry, label in rows.items() if not label]
