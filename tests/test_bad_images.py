@@ -329,7 +329,7 @@ def records(folder):
 def test_a_run_goes_on_tells_and_is_the_same_after_a_resume(tree, tmp_path, capsys):
     run(tree, "--output_dir", tmp_path / "whole", "--num_workers", "2")
     told = capsys.readouterr().out
-    for name, why in (("c1_2.png", "it is empty"), ("c2_0.png", "it is no image that Pillow knows")):
+    for name, why in (("c1_2.png", "it is empty"), ("c2_0.png", "it is not an image that Pillow knows")):
         assert told.count(f"{name}: {why}; the next readable image stands in for it.") == 2  # of both sets
     assert "Unreadable images in this epoch: 4." in told
     run(tree, "--output_dir", tmp_path / "half", "--epochs", "1")
