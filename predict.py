@@ -1,10 +1,10 @@
-"""The likeliest classes of images by a trained network, with their probabilities, as CSV or JSON.
+"""Classify images with a trained network: the most probable classes of each image, as CSV or JSON.
 
     python predict.py IMAGE|FOLDER... --checkpoint FILE [--format json] [--output FILE]
 
-A folder stands for all images below it. Images are seen as in `semi_main.py --eval`; a probability is the softmax of
-the streams' summed logits. CSV has the columns path, rank, class, probability. An image that cannot be read is named
-on stderr, the others are predicted, and the program ends with status 1.
+A folder stands for all images below it. Images are resized and cropped as in `semi_main.py --eval`; probabilities are
+the softmax of the streams' summed logits. The CSV columns are path, rank, class and probability. Images that cannot
+be read are named on stderr and left out; the exit status is then 1.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from models import fold_batchnorm, pretrained
 
 
 class ImageFiles:
-    """Image files, each (tensor (3, S, S), "") or, where it cannot be shown to the network, (None, why)."""
+    """A data set of image files: (view (3, S, S), ""), or (None, error message) for a file that cannot be used."""
 
     def __init__(self, paths, view):
         self.paths, self.view = paths, view
@@ -39,58 +39,64 @@ class ImageFiles:
             return self.view(read_rgb(self.paths[i])[0]), ""
         except UnreadableImage as error:
             return None, str(error)
-        except ValueError as error:  # a size that the view does not take
+        except ValueError as error:  # a size that the view does not accept
             return None, f"{self.paths[i]}: {error}"
 
 
-def _batch(items):
-    views, reasons = zip(*items)
-    seen = [view for view in views if view is not None]
-    return torch.stack(seen) if seen else None, reasons
+def _collate(items):
+    views, errors = zip(*items)
+    readable = [view for view in views if view is not None]
+    return torch.stack(readable) if readable else None, errors
 
 
 def paths_of(entries):
-    """The image files of a command line: files as they are, folders as all images below them, sorted.
+    """Return the image files that command-line arguments name: files as they are, folders as all images below, sorted.
 
-    Raises ValueError naming a folder without images.
+    Raises ValueError for a folder without images.
     """
     paths = []
     for entry in entries:
         below = sorted(images_below(entry)) if os.path.isdir(entry) else None
         if below == []:
-            raise ValueError(f"There is no image below {entry}: name images, or a folder of them.")
+            raise ValueError(f"There is no image below {entry}: name image files or a folder that contains some.")
         paths += [entry] if below is None else [os.path.join(entry, path) for path in below]
     return paths
 
 
 @torch.inference_mode()
 def predict(network, view, paths, top=5, batch_size=64, workers=0, device="cpu"):
-    """For each image file (path, [(class index, probability), ...], why), in order: the `top` likeliest classes.
+    """Yield (path, [(class index, probability), ...], error message) for every image file, in order.
 
     Args:
-        network: images (N, 3, S, S) -> list of logits (N, classes). view: PIL.Image -> (3, S, S).
-    Of an image that cannot be read the classes are [] and `why` is a sentence; else `why` is "".
+        network: maps images (N, 3, S, S) to a list of logits (N, classes).
+        view: maps a PIL image to a tensor (3, S, S).
+        paths: the image files.
+        top: number of most probable classes per image.
+        batch_size, workers: of the loader; without workers this process reads the images.
+        device: of the network, "cpu" or "cuda".
+
+    The error message is "", or a sentence for an image that cannot be read, whose list of classes is empty.
     """
     network = fold_batchnorm(network).to(device, memory_format=torch.channels_last)
-    loader = DataLoader(ImageFiles(paths, view), batch_size, num_workers=workers, collate_fn=_batch)
+    loader = DataLoader(ImageFiles(paths, view), batch_size, num_workers=workers, collate_fn=_collate)
     remaining = iter(paths)
-    for images, reasons in loader:
+    for images, errors in loader:
         rows = iter(())
         if images is not None:
             probabilities = sum(network(images.to(device))).softmax(1)
             values, classes = (x.tolist() for x in probabilities.topk(min(top, probabilities.shape[1])))
             rows = (list(zip(*row)) for row in zip(classes, values))
-        for why in reasons:
-            yield next(remaining), [] if why else next(rows), why
+        for error in errors:
+            yield next(remaining), [] if error else next(rows), error
 
 
 def as_text(rows, style):
-    """CSV or JSON of [(path, [(class name, probability), ...])]."""
+    """Format rows (path, [(class name, probability), ...]) as "csv" or "json"."""
     if style == "json":
-        found = [
+        records = [
             {"path": path, "top": [{"class": c, "probability": round(p, 6)} for c, p in top]} for path, top in rows
         ]
-        return json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(records, indent=2, ensure_ascii=False) + "\n"
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(("path", "rank", "class", "probability"))
@@ -104,23 +110,24 @@ def _parser():
         "predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, and folders of them at any depth")
+    add("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders of images at any depth")
     pretrained.add_flags(parser)
-    add("--format", choices=("csv", "json"), default="csv", help="(%(default)s)")
-    add("--output", metavar="FILE", help="written whole or not at all (stdout)")
-    add("--top", type=int, default=5, metavar="N", help="classes an image (%(default)s)")
-    add("--batch-size", type=int, default=64, metavar="N", help="images at once (%(default)s)")
-    add("--workers", type=int, default=0, metavar="N", help="processes that read images (%(default)s: this one does)")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
+    add("--format", choices=("csv", "json"), default="csv", help="format of the output (default: %(default)s)")
+    add("--output", metavar="FILE", help="output file, written completely or not at all (default: stdout)")
+    add("--top", type=int, default=5, metavar="N", help="number of classes per image (default: %(default)s)")
+    add("--batch-size", type=int, default=64, metavar="N", help="images per batch (default: %(default)s)")
+    add("--workers", type=int, default=0, metavar="N",
+        help="processes that load images; 0: the main process does (default: %(default)s)")  # fmt: skip
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="device of the network (default: %(default)s)")
     return parser
 
 
-def main(words=None):
-    """Predict and write; returns the exit status, 1 where an image could not be read.
+def main(argv=None):
+    """Classify the images of the command line and write the result. Return the exit status: 1 if one was unreadable.
 
-    Raises ValueError or OSError, one sentence, for bad input.
+    Raises ValueError or OSError with a one-sentence message for bad input.
     """
-    args = _parser().parse_args(words)
+    args = _parser().parse_args(argv)
     for flag, value, least in (
         ("--top", args.top, 1),
         ("--batch-size", args.batch_size, 1),
@@ -131,20 +138,20 @@ def main(words=None):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but PyTorch sees no CUDA GPU here: pass --device cpu.")
     paths = paths_of(args.images)
-    with redirect_stdout(sys.stderr):  # what a download says is no prediction
+    with redirect_stdout(sys.stderr):  # messages of a download must not end up in the output
         model = pretrained.from_flags(args)
     if not model.classes:
         sys.stderr.write(f"predict.py: {args.checkpoint} has no class names, so classes are numbers: see --classes.\n")
     names, rows, status = model.classes or list(map(str, range(model.num_classes))), [], 0
-    for path, top, why in predict(
+    for path, top, error in predict(
         model.network, model.view, paths, args.top, args.batch_size, args.workers, args.device
     ):
-        if why:
-            sys.stderr.write(f"predict.py: {why}\n")
+        if error:
+            sys.stderr.write(f"predict.py: {error}\n")
             status = 1
         else:
-            shown = os.fsencode(path).decode("utf-8", "backslashreplace")  # a name need not be UTF-8
-            rows.append((shown, [(names[c], p) for c, p in top]))
+            printable = os.fsencode(path).decode("utf-8", "backslashreplace")  # a file name may not be UTF-8
+            rows.append((printable, [(names[c], p) for c, p in top]))
     text = as_text(rows, args.format)
     if args.output:
         utils.write_atomic(args.output, text, "--output")

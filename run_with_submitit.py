@@ -1,9 +1,9 @@
-"""Train or evaluate as a Slurm job, or with --local as one of this machine: semi_main.py's flags, its main.
+"""Train or evaluate in a Slurm job, or with --local in a job on this machine, with the flags of semi_main.py.
 
     python run_with_submitit.py --nodes 2 --data-set SEMI-IMNET --data-path IMAGENET --data-split-file LIST ...
 
-Shortly before its time is up, and when it is preempted, the job puts itself back into the queue and goes on from
-its last checkpoint. The resources are those of the released Slurm runs.
+Shortly before its time limit, and when it is preempted, the job requeues itself and resumes from its last checkpoint.
+The requested resources are those of the released Slurm runs.
 """
 
 import argparse
@@ -22,9 +22,11 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 import semi_main
 
 CPUS_PER_TASK, GB_PER_TASK = 10, 40
-SIGNAL_AHEAD_S, REQUEUES = 120, 30
+SIGNAL_AHEAD_S = 120  # from the signal to the time limit
+REQUEUES = 30  # at most, after time limits
 SHARED_FOLDER = Path("output", "jobs")
-# A signal that comes while Python and torch still start, which takes most of a minute, would end the task: it waits.
+# Importing torch can take most of a minute, during which the signal has no handler yet and would end the task.
+# It is therefore blocked when the task starts, and delivered when Task.__call__ unblocks it.
 HOLD_SIGNAL = (
     "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2]); "
     "os.execvp(sys.argv[1], sys.argv[1:])"
@@ -32,40 +34,41 @@ HOLD_SIGNAL = (
 
 
 def get_args_parser():
-    """semi_main.py's parser and the eleven flags of the released launcher."""
+    """Return the parser of semi_main.py with the eleven flags of the released launcher added."""
     parser = argparse.ArgumentParser("run_with_submitit.py", parents=[semi_main.get_args_parser()])
-    # ours: the machine that submits often has no GPU, the one that trains has.
+    # ours: the default is not detected here, because the machine that submits the job often has no GPU.
     parser.set_defaults(device="cuda")
     add = parser.add_argument_group("job").add_argument
     text = partial(add, default="", type=str)
-    add("--ngpus", default=8, type=int, help="GPUs a node, and tasks: one a GPU (default: %(default)s)")
-    add("--nodes", default=1, type=int, help="machines (default: %(default)s)")
+    add("--ngpus", default=8, type=int, help="GPUs per node; each GPU has one task (default: %(default)s)")
+    add("--nodes", default=1, type=int, help="number of nodes (default: %(default)s)")
     add("--timeout", default=2800, type=int, help="minutes until the job is requeued (default: %(default)s)")
-    text("--job_dir", help="output folder, over --output_dir; %%j = job id (default: SHARED_FOLDER/%%j)")
-    text("--partition", default="learnfair", help="Slurm's; empty: the cluster's default (default: %(default)s)")
-    add("--use_volta32", action="store_true", help="ask Slurm for V100 GPUs of 32 GB (constraint volta32gb)")
-    text("--comment", help="comment that Slurm keeps with the job (default: none)")
-    add("--local", action="store_true", help="run on this machine, without Slurm, and wait for the end")
-    text("--shared_folder", help=f"folder of job folders, seen by all nodes (default: {SHARED_FOLDER})")
-    text("--resume_jobid", help="id of an earlier job whose checkpoint to go on from (default: none)")
+    text("--job_dir", help="output folder, instead of --output_dir; %%j = job id (default: SHARED_FOLDER/%%j)")
+    text("--partition", default="learnfair", help="partition; empty: the cluster's default (default: %(default)s)")
+    add("--use_volta32", action="store_true", help="request V100 GPUs with 32 GB (constraint volta32gb)")
+    text("--comment", help="comment of the Slurm job (default: none)")
+    add("--local", action="store_true", help="run on this machine without Slurm, and wait until the job ends")
+    text("--shared_folder", help=f"parent of the job folders, visible to all nodes (default: {SHARED_FOLDER})")
+    text("--resume_jobid", help="id of an earlier job from whose checkpoint to resume (default: none)")
     text("--resume_name", default="checkpoint.pth", help="file name of that checkpoint (default: %(default)s)")
     return parser
 
 
 class Task:
-    """What each task of the job calls: semi_main.main with these flags, its output in the job folder."""
+    """The function that every task of the job calls: semi_main.main, with its output in the job folder."""
 
     def __init__(self, args):
         self.args = args
 
     def __call__(self):
-        """Train or evaluate; raises what semi_main.main does."""
+        """Train or evaluate; raises what semi_main.main raises."""
         env = submitit.JobEnvironment()
-        # Killed while it wrote one of these, an earlier attempt left half of it, and submitit writes none over that.
+        # submitit refuses to write a pickle whose temporary file exists. An earlier attempt of this job may have been
+        # killed while it wrote one.
         for file in [env.paths.result_pickle, *([] if env.global_rank else [env.paths.submitted_pickle])]:
             Path(f"{file}.save_tmp").unlink(missing_ok=True)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
-        if env.cluster == "local":  # Slurm's own variables are read in utils.init_distributed.
+        if env.cluster == "local":  # utils.init_distributed reads Slurm's variables itself
             os.environ |= {
                 "RANK": str(env.global_rank),
                 "WORLD_SIZE": str(env.num_tasks),
@@ -73,31 +76,31 @@ class Task:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(20_000 + int(env.job_id) % 20_000),
             }
-        # Slurm requeues by itself too (scontrol requeue, a node that failed), and then checkpoint() was not called.
-        args = self._going_on() if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else self.args
-        semi_main.main(_changed(args, output_dir=self._folder()))
-        # All is done. Python, which takes seconds to end, drops its handlers first: the signal would fail the job then.
+        # Slurm may also requeue the job itself (scontrol requeue, a failed node), without a call of checkpoint().
+        args = self._resuming_args() if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else self.args
+        semi_main.main(_replace(args, output_dir=self._job_folder()))
+        # Python removes its signal handlers some seconds before it exits; the signal would then fail a finished job.
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
     def checkpoint(self):
-        """The task to requeue: the same one, going on from the checkpoint it wrote if there is one."""
-        return submitit.helpers.DelayedSubmission(type(self)(self._going_on()))
+        """Return the task to requeue, for submitit: the same one, resuming from its own checkpoint if it has one."""
+        return submitit.helpers.DelayedSubmission(type(self)(self._resuming_args()))
 
-    def _going_on(self):
-        # Before it has a checkpoint of its own it begins where it was told to, perhaps from another run's.
-        started = any(Path(self._folder()).glob("checkpoint*.pth"))
-        return _changed(self.args, resume="auto") if started else self.args
+    def _resuming_args(self):
+        # Without a checkpoint of its own the job starts again as before, perhaps from the checkpoint of another run.
+        has_checkpoint = any(Path(self._job_folder()).glob("checkpoint*.pth"))
+        return _replace(self.args, resume="auto") if has_checkpoint else self.args
 
-    def _folder(self):
+    def _job_folder(self):
         return self.args.output_dir.replace("%j", submitit.JobEnvironment().job_id)
 
 
-def _changed(args, **settings):
+def _replace(args, **settings):
     return argparse.Namespace(**{**vars(args), **settings})
 
 
 def check(args):
-    """Refuse flags that cannot make a job: a ValueError with one sentence that names them."""
+    """Raise ValueError, with a sentence that names the flags, if they do not describe a job that can be submitted."""
     for name in ("ngpus", "nodes", "timeout"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
@@ -111,9 +114,9 @@ def check(args):
 
 
 def job_flags(args):
-    """The flags as the tasks get them, with the job folder (%j still in it) and the earlier job's checkpoint.
+    """Return the flags of the tasks, with the job folder (still containing %j) and the earlier job's checkpoint.
 
-    Raises FileNotFoundError where --resume_jobid has no such checkpoint.
+    Raises FileNotFoundError if the job of --resume_jobid has no such checkpoint.
     """
     job_dir = args.job_dir or Path(args.shared_folder or SHARED_FOLDER, "%j")
     folder, resume = str(Path(job_dir).expanduser().absolute()), args.resume
@@ -121,14 +124,13 @@ def job_flags(args):
         resume = str(Path(folder.replace("%j", args.resume_jobid), args.resume_name))
         if not Path(resume).is_file():
             raise FileNotFoundError(f"Job {args.resume_jobid} left no checkpoint {resume}.")
-    changed = {"output_dir": folder, "resume": resume, "use_submitit": not args.local}
-    return _changed(args, **changed)
+    return _replace(args, output_dir=folder, resume=resume, use_submitit=not args.local)
 
 
 def build_executor(args, folder):
-    """submitit's executor for the flags: Slurm's, or with --local this machine's."""
+    """Return submitit's executor for the flags: that of Slurm, or with --local that of this machine."""
     here = str(Path(__file__).resolve().parent)
-    # The tasks find our modules from whatever folder the job was submitted in.
+    # The tasks must find this repository's modules, whatever folder the job is submitted from.
     path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
     cluster = "local" if args.local else "slurm"
     start = [sys.executable, "-IS", "-c", HOLD_SIGNAL, "env", f"PYTHONPATH={path}", sys.executable]
@@ -146,27 +148,28 @@ def build_executor(args, folder):
         slurm_partition=args.partition or None,
         slurm_comment=args.comment or None,
         slurm_constraint="volta32gb" if args.use_volta32 else None,
-        slurm_srun_args=["--kill-on-bad-exit=1"],  # or the other tasks wait for one that failed
-        slurm_additional_parameters={"requeue": True},  # where the cluster's default is that jobs are not
+        slurm_srun_args=["--kill-on-bad-exit=1"],  # otherwise the other tasks would wait for a failed one
+        slurm_additional_parameters={"requeue": True},  # for clusters that do not allow it by default
     )
     return executor
 
 
 def failure(job, lines=5):
-    """Wait for the job; the last lines of the first failed task's error, None if none failed."""
+    """Wait until the job ends and return the last lines of the first failed task's error, or None."""
     for task in map(job.task, range(job.num_tasks)):
         error = task.exception()
         if error is not None:
-            # submitit puts the traceback between two lines of dashes.
+            # submitit prints the traceback between two lines of dashes.
             trace = re.split(r"^-{20,}$", str(error), flags=re.MULTILINE)[1:2] or [str(error)]
             return "\n".join(trace[0].strip().splitlines()[-lines:])
     return None
 
 
 def main(args):
-    """Submit the job and say where it is; with --local wait for its end, and exit with 1 if it failed.
+    """Submit the job and print where its files are. With --local, wait until it ends and exit with 1 if it failed.
 
-    Raises ValueError, OSError, or submitit's FailedJobError or FailedSubmissionError where Slurm refuses the job.
+    Raises ValueError or OSError for bad flags, and submitit's FailedJobError or FailedSubmissionError if Slurm refuses
+    the job.
     """
     check(args)
     flags = job_flags(args)

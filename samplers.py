@@ -1,4 +1,4 @@
-"""Orders only: which index comes when, on which rank. Nothing here knows an image."""
+"""Samplers: the order in which each rank visits the indices of a data set."""
 
 import math
 
@@ -7,22 +7,22 @@ from torch.utils.data import DistributedSampler, Sampler
 
 
 class RASampler(Sampler):
-    """Repeated augmentation: every image three times in a row, spread over the ranks.
+    """Repeated augmentation: every image `repeats` times in a row, dealt out to the ranks in turn.
 
-    Source: DeiT's RASampler (facebookresearch/deit, samplers.py), after Berman et al., 2019. The epoch's order
-    is a permutation seeded by seed + epoch; a rank takes every world-th index and keeps
-    floor(len // 256 * 256 / world) of them.
+    The images are permuted by seed + epoch and repeated; rank r takes every world-th index from the r-th on, and keeps
+    the first floor(length // 256 * 256 / world). Source: DeiT's RASampler (facebookresearch/deit, samplers.py), after
+    Berman et al., 2019.
     """
 
     def __init__(self, length, world=1, rank=0, seed=0, repeats=3):
         self.length, self.world, self.rank, self.seed, self.repeats = length, world, rank, seed, repeats
         self.epoch = 0
-        # ours: the published rounding to 256 leaves nothing of a smaller set; that one is taken whole.
+        # ours: rounded down to a multiple of 256 as published, a smaller set would be empty. It is not rounded.
         rounded = length // 256 * 256 / world if length >= 256 else length / world
         self.kept = math.floor(rounded) if length >= 256 else math.ceil(rounded)
 
     def set_epoch(self, epoch):
-        """Choose the permutation of the next iteration."""
+        """Set the epoch whose permutation the next iteration uses."""
         self.epoch = epoch
 
     def __len__(self):
@@ -32,26 +32,26 @@ class RASampler(Sampler):
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(self.length, generator=generator).repeat_interleave(self.repeats)
         per_rank = math.ceil(self.length * self.repeats / self.world)
-        # Padded from the front; modulo, because a few images on many ranks go round more than once.
-        places = torch.arange(self.rank, per_rank * self.world, self.world)[: self.kept] % len(order)
-        return iter(order[places].tolist())
+        # The order is padded with its own beginning. A small set on many ranks may need it several times: modulo.
+        positions = torch.arange(self.rank, per_rank * self.world, self.world)[: self.kept] % len(order)
+        return iter(order[positions].tolist())
 
 
 def training_order(length, world=1, rank=0, seed=0, repeated_aug=False):
-    """The order of a training set: RASampler or PyTorch's DistributedSampler, both seeded by seed + epoch."""
+    """Return a rank's sampler of a training set: RASampler or PyTorch's DistributedSampler, seeded by seed + epoch."""
     if repeated_aug:
         return RASampler(length, world, rank, seed)
     return DistributedSampler(range(length), num_replicas=world, rank=rank, seed=seed)
 
 
 class Passes(Sampler):
-    """Exactly `length` indices of an order, going through it again, reshuffled, as often as that takes.
+    """Exactly `length` indices per epoch from a training order, which is repeated, reshuffled for every pass.
 
-    # ours: the released loop starts the unlabelled loader again in the same order when it runs out, which
-    drops its last partial batch and restarts the workers.
+    # ours: the released loop restarts the unlabelled loader when it runs out, which repeats the same order, drops the
+    last partial batch and restarts the workers.
     """
 
-    BETWEEN_PASSES = 1_000_003  # far from any number of epochs, so no pass repeats another epoch's order
+    BETWEEN_PASSES = 1_000_003  # more than any number of epochs, so that no pass has the order of another epoch
 
     def __init__(self, order, epoch, length):
         if len(order) == 0:
@@ -62,17 +62,20 @@ class Passes(Sampler):
         return self.length
 
     def __iter__(self):
-        left, n = self.length, 0
+        left, finished_passes = self.length, 0
         while left > 0:
-            self.order.set_epoch(self.epoch + n * self.BETWEEN_PASSES)
+            self.order.set_epoch(self.epoch + finished_passes * self.BETWEEN_PASSES)
             for index in self.order:
                 if left == 0:
                     break
                 yield index
                 left -= 1
-            n += 1
+            finished_passes += 1
 
 
 def evaluation_order(length, world=1, rank=0):
-    """Every index exactly once over all ranks: no padding, so shards differ by one image at most."""
+    """Return a rank's share of the indices 0..length-1, each of which exactly one rank gets.
+
+    Unlike in training nothing is padded, so the shares may differ by one index.
+    """
     return range(rank, length, world)

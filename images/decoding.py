@@ -1,4 +1,4 @@
-"""One image file as RGB: what is read, how its colours become RGB, and which files count as unreadable."""
+"""Decoding of image files to RGB, by Pillow or libjpeg-turbo, and which files count as unreadable."""
 
 import errno
 import io
@@ -11,12 +11,13 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_jpeg
 
-# What the system says of this one file; anything else, as too many open files or a stale mount, is no broken image.
-_OF_THE_FILE = {
+# Errors of the operating system that concern this one file. Any other, such as too many open files or a stale mount,
+# does not mean that the image is broken.
+_FILE_ERRNOS = {
     getattr(errno, name) for name in "ENOENT EACCES EPERM EISDIR ENOTDIR ELOOP ENAMETOOLONG ENXIO EIO".split()
 }
-# What Pillow raises on broken content, besides OSError. Not MemoryError.
-_OF_THE_CONTENT = (
+# What Pillow raises on broken content, besides OSError. MemoryError is left out: the file may be fine.
+_DECODING_ERRORS = (
     SyntaxError,
     ValueError,
     TypeError,
@@ -33,86 +34,92 @@ _OF_THE_CONTENT = (
 
 
 class UnreadableImage(OSError):
-    """A file that is no readable image, and will not be one when it is read again."""
+    """A file that is not a readable image, and will not be one when it is read again."""
 
 
-def _bytes(path):
+def _read_bytes(path):
     try:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
-        if error.errno not in _OF_THE_FILE:
+        if error.errno not in _FILE_ERRNOS:
             raise
         raise UnreadableImage(f"Cannot read the image {path}: {error.strerror}") from error
 
 
-def _decoded(content):
-    """(RGB image, the mode it had) of an image file's bytes."""
+def _decode(content):
+    """Return (image in RGB, its original mode) from the content of an image file."""
     with Image.open(io.BytesIO(content)) as image:
         if image.format == "EPS":
             raise ValueError("it is PostScript, a program that Pillow would run")
         image.load()
         if image.mode != "I" and not image.mode.startswith("I;16"):
-            # `convert` copies even where there is nothing to convert.
+            # `convert` would copy an image that is RGB already.
             return (image if image.mode == "RGB" else image.convert("RGB")), image.mode
         grey = np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB"), image.mode
 
 
 def read_rgb(path):
-    """(PIL image in mode RGB, the mode it had) of an image file, whatever its name ends with.
+    """Read an image file, whatever its extension, and return (PIL image in RGB, its original mode).
 
-    Palettes are looked up, CMYK and grey become RGB as Pillow's `convert` does it, alpha is dropped, EXIF orientation
-    is ignored, all as published. ours: 16 bits, also those that Pillow holds in 32 (mode I), become 8 by >> 8, where
-    `convert` makes 255 of all above 255; of 16-bit colour Pillow keeps the same upper byte. Floats are cut to 0..255.
-    Images of up to 2 * PIL.Image.MAX_IMAGE_PIXELS, 178,956,970, are read without a warning.
+    As published, palettes are looked up, CMYK and grey are converted by Pillow, alpha is dropped, and the orientation
+    stored in EXIF is ignored. Float pixels are clamped to 0..255. Images of up to 2 * PIL.Image.MAX_IMAGE_PIXELS,
+    that is 178,956,970 pixels, are read, without Pillow's warnings.
 
-    Raises UnreadableImage naming a file that is missing, may not be read, is no image, is cut off, or has more
-    pixels; OSError, as it comes, for what is not this file's fault.
+    ours: 16-bit grey, which Pillow may load as 32-bit integers (mode I), is reduced to 8 bits by >> 8. Pillow's
+    `convert` would clamp all values above 255, although it reduces 16-bit colour to the upper byte as well.
+
+    Raises UnreadableImage, which names the file, if it is missing, may not be read, is not an image, is truncated or
+    has too many pixels. Errors of the operating system that do not concern this one file are not caught.
     """
-    return _read_rgb(_bytes(path), path)
+    return _decode_or_raise(_read_bytes(path), path)
 
 
-def _read_rgb(content, path):
+def _decode_or_raise(content, path):
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # nor may a filter set elsewhere make an error of one
-            return _decoded(content)
-    except (OSError, *_OF_THE_CONTENT) as error:
-        # Pillow's own words for these hold the address of the bytes in memory.
-        unknown = "it is empty" if not content else "it is no image that Pillow knows"
-        reason = unknown if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split()) or repr(error)
+            warnings.simplefilter("ignore")  # a filter set elsewhere might turn a warning into an error
+            return _decode(content)
+    except (OSError, *_DECODING_ERRORS) as error:
+        # The text of UnidentifiedImageError is the memory address of the buffer, which helps nobody.
+        unidentified = "it is empty" if not content else "it is not an image that Pillow knows"
+        text = " ".join(str(error).split()) or repr(error)
+        reason = unidentified if isinstance(error, UnidentifiedImageError) else text
         raise UnreadableImage(f"Cannot read the image {path}: {reason}") from error
 
 
 def _jpeg(content):
-    """uint8 (3, H, W) of a JPEG's bytes by libjpeg-turbo; None: another format, CMYK, too large or broken."""
+    """Decode a JPEG by libjpeg-turbo to uint8 (3, H, W); None if it is another format, CMYK, too large or broken."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torchvision's, that another package is to decode some day
-            with Image.open(io.BytesIO(content)) as header:  # reads no pixel
-                if header.format != "JPEG" or header.mode not in ("RGB", "L"):
+            # torch warns of a read-only buffer, and torchvision 0.29 deprecates its decoders.
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(content)) as image:  # reads the header only
+                if image.format != "JPEG" or image.mode not in ("RGB", "L"):
                     return None
             return decode_jpeg(torch.frombuffer(content, dtype=torch.uint8), ImageReadMode.RGB)
-    except (OSError, *_OF_THE_CONTENT):
+    except (OSError, *_DECODING_ERRORS):
         return None
 
 
 def read_pixels(path):
-    """Pixels of an image file as `read_rgb` reads it, uint8 (3, H, W), a pixel's three bytes side by side.
+    """Read an image file to a uint8 tensor (3, H, W) in channels-last memory, with the pixels of `read_rgb`.
 
-    libjpeg-turbo decodes a JPEG in grey or colour straight to the tensor, to the same values. All else, CMYK and what
-    it cannot decode as well, is read by `read_rgb`, which has the last word on what is broken: raises as it does.
+    JPEGs in grey or RGB are decoded by libjpeg-turbo, straight into a tensor. Everything else, including JPEGs in CMYK
+    or that libjpeg-turbo cannot decode, is read by `read_rgb`, and raises the same errors.
     """
-    content = _bytes(path)
+    content = _read_bytes(path)
     pixels = _jpeg(content)
     if pixels is None:
-        pixels = torch.from_numpy(np.array(_read_rgb(content, path)[0])).permute(2, 0, 1)
+        pixels = torch.from_numpy(np.array(_decode_or_raise(content, path)[0])).permute(2, 0, 1)
     return pixels
 
 
 def check_turbo():
-    """Raise ValueError where torchvision was built without libjpeg-turbo, so that Pillow would decode every image."""
+    """Raise ValueError if torchvision was built without libjpeg-turbo, because Pillow would then decode every image."""
     Image.new("RGB", (8, 8)).save(file := io.BytesIO(), "JPEG")
     if _jpeg(file.getvalue()) is None:
-        raise ValueError("--data-backend fast needs libjpeg-turbo, which this torchvision lacks: use pil.")
+        raise ValueError(
+            "--data-backend fast needs libjpeg-turbo, which this torchvision lacks: use --data-backend pil."
+        )

@@ -1,4 +1,4 @@
-"""What is on disk: Samples, and the readers that make them of folders, lists, CSV files and iNaturalist's JSON."""
+"""Readers of data sets: folders, lists, CSV files and iNaturalist's JSON files become `Samples`."""
 
 import csv
 import io
@@ -16,11 +16,15 @@ from images.decoding import read_pixels, read_rgb
 
 
 class FileSource:
-    """Image files below a root, their relative paths in two arrays that worker processes share without copying."""
+    """Image files below a root folder.
+
+    The relative paths are kept in two arrays, which worker processes share. A list of strings would be copied by every
+    worker, because reading a string writes its reference count.
+    """
 
     def __init__(self, root, paths):
         self.root = Path(root)
-        self._folder = os.path.realpath(root)
+        self._real_root = os.path.realpath(root)
         encoded = [os.fsencode(path) for path in paths]
         self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
         self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
@@ -29,25 +33,25 @@ class FileSource:
         return len(self._ends)
 
     def path(self, i):
-        """Path of image i relative to the root, '/' between its parts."""
+        """Path of image i relative to the root, with '/' as its separator."""
         start = self._ends[i - 1] if i else 0
         return os.fsdecode(self._bytes[start : self._ends[i]].tobytes())
 
     def identity(self, i):
-        """What image i has in common with the same image of another source: its absolute path."""
-        return os.path.normpath(os.path.join(self._folder, self.path(i)))
+        """Absolute path of image i, which identifies the same image in other sources."""
+        return os.path.normpath(os.path.join(self._real_root, self.path(i)))
 
     def load(self, i):
-        """Image i as RGB, as `images.read_rgb` makes it. Raises UnreadableImage naming the file."""
+        """Image i as a PIL image in RGB, read by `images.decoding.read_rgb`, whose errors it raises."""
         return read_rgb(self.root / self.path(i))[0]
 
     def pixels(self, i):
-        """Image i as uint8 (3, H, W), as `images.read_pixels` makes it. Raises UnreadableImage naming the file."""
+        """Image i as uint8 (3, H, W), read by `images.decoding.read_pixels`, whose errors it raises."""
         return read_pixels(self.root / self.path(i))
 
 
 class ArraySource:
-    """Images in memory: uint8 (N, H, W, 3)."""
+    """Images in memory: an array (N, H, W, 3) of uint8."""
 
     def __init__(self, images):
         self.images = images
@@ -56,11 +60,11 @@ class ArraySource:
         return len(self.images)
 
     def identity(self, i):
-        """What image i has in common with the same image of another source: its place in the array."""
+        """Index of image i in the array, which identifies the same image in other sources of the array."""
         return int(i)
 
     def load(self, i):
-        """Image i as RGB."""
+        """Image i as a PIL image in RGB."""
         return Image.fromarray(self.images[i])
 
 
@@ -69,9 +73,9 @@ class Samples:
     """Images and their classes.
 
     Attributes:
-        source: answers `len`, `load(i) -> PIL.Image` and `identity(i)`, the same for the same image only.
-        targets: (len,) int64, -1 = unknown.
-        classes: names, in the order of the class indices.
+        source: the images, with `len(source)`, `load(i)` (a PIL image) and `identity(i)` (equal for equal images only).
+        targets: class indices (N,) int64, -1 where the class is unknown.
+        classes: the classes' names, in the order of their indices.
     """
 
     source: FileSource | ArraySource
@@ -86,18 +90,21 @@ class Samples:
 
 
 def images_below(root, name=""):
-    """Paths, relative to `root`, of all images below `root/name`; hidden files and folders are left out."""
+    """List the paths, relative to `root`, of all images below `root/name`, in any order.
+
+    Hidden files and folders are left out; links to folders are followed.
+    """
     paths = []
-    for folder, folders, files in os.walk(os.path.join(root, name), followlinks=True):
-        folders[:] = (each for each in folders if not each.startswith("."))
-        shown = (file for file in files if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith("."))
-        images = (os.path.join(folder, file) for file in shown)
+    for folder, subfolders, files in os.walk(os.path.join(root, name), followlinks=True):
+        subfolders[:] = (each for each in subfolders if not each.startswith("."))
+        names = (file for file in files if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith("."))
+        images = (os.path.join(folder, file) for file in names)
         paths += (os.path.relpath(path, root).replace(os.sep, "/") for path in images)
     return paths
 
 
 def _in_natural_order(names):
-    """Sorted as timm sorts: small letters, runs of digits by their number. timm's own key fails on a name like '²'."""
+    """Sort as timm does: case is ignored, and digits compare as numbers. timm's own key fails on names such as '²'."""
 
     def key(name):
         parts = re.split("([0-9]+)", name.lower())
@@ -108,16 +115,17 @@ def _in_natural_order(names):
 
 
 def image_folder(root):
-    """Read a folder in ImageNet layout, `root/<class>/**/<image>`.
+    """Read a folder in the layout of ImageNet, `root/<class>/**/<image>`, into Samples.
 
-    The class index is the rank of the folder's name in natural order (class2 before class10, as timm sorts);
-    images are sorted by path within their class, hidden files and folders are left out. Returns Samples.
-    Raises FileNotFoundError or ValueError naming a missing folder, one without classes, an empty class.
+    Classes are in the natural order of their folders' names (class2 before class10, as timm sorts them), images in the
+    order of their paths within the class. Hidden files and folders are left out.
+
+    Raises FileNotFoundError if the folder is missing, ValueError if it has no classes or a class has no images.
     """
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(
-            f"There is no folder {root}: --data-path must hold train/ and val/, a folder a class in each, "
+            f"There is no folder {root}: --data-path must hold train/ and val/ with one folder per class, "
             "or train.csv and val.csv."
         )
     classes = _in_natural_order(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
@@ -127,17 +135,20 @@ def image_folder(root):
     for target, name in enumerate(classes):
         files = images_below(root, name)
         if not files:
-            raise ValueError(f"The class folder {root / name} holds no image: fill it or remove it.")
+            raise ValueError(f"The class folder {root / name} holds no images: add some or remove it.")
         paths += sorted(files)
         targets += [target] * len(files)
     return Samples(FileSource(root, paths), np.array(targets, dtype=np.int64), tuple(classes))
 
 
 def unlabelled_images(path):
-    """Images without classes: all below the folder `path`, or those of a CSV file, relative to the file's folder.
+    """Read images without labels (`--unlabelled-path`) into Samples without classes, whose targets are all -1.
 
-    Returns Samples without classes, all targets -1, sorted by path (folder) or in the file's order, which may
-    have labels: they are not read. Raises FileNotFoundError or ValueError naming `path`.
+    `path` is a folder, whose images at any depth are sorted by path, or a CSV file as in `image_csv`, whose order is
+    kept and whose labels are ignored.
+
+    Raises FileNotFoundError if `path` or each of the first 100 images is missing, and ValueError if there are no images
+    or the file is not such a CSV file.
     """
     path = Path(path)
     if not path.is_dir():
@@ -146,15 +157,16 @@ def unlabelled_images(path):
         root, paths = path, sorted(images_below(path))
     if not paths:
         raise ValueError(f"There is no image in {path} (--unlabelled-path).")
-    return Samples(_files(root, paths, path), np.full(len(paths), -1), ())
+    return Samples(_file_source(root, paths, path), np.full(len(paths), -1), ())
 
 
 # -------------------------------------------------------------------------------- text files
 
 
-def _text(path, what, flag):
+def _read_text(path, what, flag):
+    """Return a file's text; the errors it raises call the file `what` and name the flag that led to it."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # -sig: a Windows editor's first bytes
+        text = Path(path).read_text(encoding="utf-8-sig")  # skips the byte order mark that Windows editors write
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise FileNotFoundError(f"There is no {what} {path} ({flag}).") from error
     except UnicodeDecodeError as error:
@@ -163,49 +175,51 @@ def _text(path, what, flag):
         raise OSError(f"Cannot read the {what} {path} ({flag}): {error.strerror}.") from error
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
-        raise ValueError(f"The {what} {path} is no text: line {line} holds a zero byte.")
+        raise ValueError(f"The {what} {path} is not a text file: line {line} contains a null byte.")
     return text
 
 
 def _lines(path, what, flag):
-    """(number, text without blanks around) of each line of a file that is not blank."""
-    # Not splitlines, which cuts at characters that a file name may hold.
-    for number, line in enumerate(_text(path, what, flag).split("\n"), 1):
+    """Yield (number, stripped line) for every line of a file that is not blank."""
+    # splitlines would also split at characters such as U+2028, which file names may contain.
+    for number, line in enumerate(_read_text(path, what, flag).split("\n"), 1):
         if line.strip():
             yield number, line.strip()
 
 
-def _check_inside(entry, where, root):
-    # Links inside the folder are the user's own and may lead anywhere.
+def _check_entry(entry, where, root):
+    """Raise ValueError if an image's listed path is outside of the root folder or cannot be a path."""
+    # Symbolic links inside the folder may lead anywhere: the user made them.
     if entry.startswith("/") or ".." in entry.split("/"):
         raise ValueError(f"{where} leaves the data folder: write names or paths relative to {root}.")
-    if "\0" in entry or any("\ud800" <= letter <= "\udfff" for letter in entry):  # JSON can write both
-        raise ValueError(f"{where} is no name of a file: it holds a zero byte or half a character.")
+    if "\0" in entry or any("\ud800" <= letter <= "\udfff" for letter in entry):  # JSON can encode both
+        raise ValueError(f"{where} is not a file name: it contains a null byte or an unpaired surrogate.")
 
 
-def _files(root, paths, listed_in):
-    """FileSource; FileNotFoundError where none of the first hundred is there, as with a wrong --data-path."""
+def _file_source(root, paths, listed_in):
+    """Return a FileSource; FileNotFoundError if none of the first 100 files exists, as with a wrong --data-path."""
     source = FileSource(root, paths)
     if not any(os.path.isfile(os.path.join(root, path)) for path in paths[:100]):
         raise FileNotFoundError(f"There is no {Path(root, paths[0])}: paths in {listed_in} are relative to {root}.")
     return source
 
 
-def _entries(path):
-    """(line number, image) of each line `image[,shard,index in shard]` of a split file."""
+def _split_entries(path):
+    """Yield (line number, image) for every line `image[,shard,index in shard]` of a split file."""
     for number, line in _lines(path, "split file", "--data-split-file"):
-        head, *columns = line.rsplit(",", 2)
-        # The columns are a shard and a place in it, not labels; a list of names only has none.
-        plain = len(columns) == 2 and all(re.fullmatch(r"\s*[0-9]+\s*", column) for column in columns)
-        yield number, head.strip() if plain else line
+        image, *columns = line.rsplit(",", 2)
+        # The published lists have two columns of numbers, which are not labels. Other commas belong to the name.
+        has_columns = len(columns) == 2 and all(re.fullmatch(r"\s*[0-9]+\s*", column) for column in columns)
+        yield number, image.strip() if has_columns else line
 
 
 def read_split(path, samples):
-    """Indices into `samples` of the images a split file lists, in the file's order; (n,) int64.
+    """Return the indices, (n,) int64, of the images in `samples` that a split file lists, in the file's order.
 
-    An entry is an image's path below the samples' root (`train/`) or, where only one has it, its file name. Raises
-    FileNotFoundError or ValueError naming file, line and entry: not found, the name of two, leaving the folder,
-    listed twice.
+    An entry is an image's path relative to the root of the samples, or its file name if no other image has it.
+
+    Raises FileNotFoundError if the file is missing, and ValueError, which names file and line, if an entry is not
+    found, is the name of several images, leaves the root folder or is listed twice.
     """
     root, by_path, by_name = samples.source.root, {}, {}
     for i in range(len(samples)):
@@ -214,9 +228,9 @@ def read_split(path, samples):
         name = relative.rsplit("/", 1)[-1]
         by_name[name] = -1 if name in by_name else i
     found = {}
-    for number, entry in _entries(path):
+    for number, entry in _split_entries(path):
         where = f"{path}, line {number}: {entry!r}"
-        _check_inside(entry, where, root)
+        _check_entry(entry, where, root)
         index = by_path.get(entry, by_name.get(entry))
         if index is None:
             raise ValueError(f"{where} is not among the {len(samples)} images of {root}.")
@@ -230,19 +244,19 @@ def read_split(path, samples):
     return np.fromiter(found, dtype=np.int64)
 
 
-# A number of more digits is no class: nobody has ten million.
-_LISTED = re.compile(r"(.+?)(?:\s*,\s*|\s+)(-?[0-9]{1,7})")
+# `path target` or `path,target`. A number of more than seven digits is taken for a part of the path.
+_PATH_AND_TARGET = re.compile(r"(.+?)(?:\s*,\s*|\s+)(-?[0-9]{1,7})")
 
 
-def _listed(path, root, flag, labelled):
-    """(paths, targets) of a list's lines, both lists; target -1: none."""
+def _read_list(path, root, flag, labelled):
+    """Return the paths and the targets of a list's lines; a missing target is -1."""
     paths, targets = [], []
     for number, line in _lines(path, "list", flag):
-        match = _LISTED.fullmatch(line)
+        match = _PATH_AND_TARGET.fullmatch(line)
         entry, target = (match[1], int(match[2])) if match else (line, -1)
         if labelled and target < 0:
             raise ValueError(f"{path}, line {number}: {line!r} has no class: write `path,target`, target 0 or more.")
-        _check_inside(entry, f"{path}, line {number}: {entry!r}", root)
+        _check_entry(entry, f"{path}, line {number}: {entry!r}", root)
         paths.append(entry)
         targets.append(max(target, -1))
     if not paths:
@@ -251,21 +265,29 @@ def _listed(path, root, flag, labelled):
 
 
 def image_list(path, root, flag, *others, labelled=True):
-    """Read a list of images: a line `path target` or `path,target` each, paths relative to the folder `root`.
+    """Read a list with a line `path target` or `path,target` for every image into Samples.
 
-    With `labelled` False lines may end after the path: their target is -1. A line that comes twice is an image twice.
-    Returns Samples; the classes are the numbers from 0 to the largest target in it and in the labelled lists `others`,
-    of whose images none need exist. Raises FileNotFoundError or ValueError naming the file, and `flag`, or the line: a
-    list that is missing, images none of which is there, a line without a target, a path that leaves the folder.
+    Args:
+        path: the list. A line that occurs twice is two images.
+        root: the folder that the paths are relative to.
+        flag: the command-line flag that error messages name.
+        others: further labelled lists, which only contribute classes; their images need not exist.
+        labelled: whether every line must have a target; if not, a missing target is -1.
+
+    Returns:
+        Samples; the classes are the numbers from 0 to the largest target of all lists.
+
+    Raises FileNotFoundError if a list or each of the first 100 images is missing, and ValueError, which names the line,
+    if a target is missing or a path leaves the folder.
     """
-    paths, targets = _listed(path, root, flag, labelled)
-    largest = max(map(max, [targets, *(_listed(other, root, flag, True)[1] for other in others)]))
-    return Samples(_files(root, paths, path), np.array(targets), tuple(map(str, range(largest + 1))))
+    paths, targets = _read_list(path, root, flag, labelled)
+    largest = max(map(max, [targets, *(_read_list(other, root, flag, True)[1] for other in others)]))
+    return Samples(_file_source(root, paths, path), np.array(targets), tuple(map(str, range(largest + 1))))
 
 
 def _csv_rows(path, flag, what="CSV file"):
-    """{image: label, '' where the row has none} of the rows `image,label` or `image` of a CSV file, in its order."""
-    rows, reader = {}, csv.reader(io.StringIO(_text(path, what, flag)), skipinitialspace=True, strict=True)
+    """Return {image: label} of a CSV file's rows `image,label` or `image`, in its order; a missing label is ''."""
+    rows, reader = {}, csv.reader(io.StringIO(_read_text(path, what, flag)), skipinitialspace=True, strict=True)
     try:
         for cells in reader:
             entry, *label = (cell.strip() for cell in cells or [""])
@@ -274,8 +296,8 @@ def _csv_rows(path, flag, what="CSV file"):
                 continue
             where = f"{path}, line {reader.line_num}: {entry!r}"
             if len(label) > 1 or not entry:
-                raise ValueError(f"{where}: write `path,label`, in quotes what holds a comma.")
-            _check_inside(entry, where, Path(path).parent)
+                raise ValueError(f"{where}: write `path,label`, with quotes around a value that contains a comma.")
+            _check_entry(entry, where, Path(path).parent)
             if entry in rows:
                 raise ValueError(f"{where} was listed before: remove one of the two.")
             rows[entry] = label[0] if label else ""
@@ -285,12 +307,20 @@ def _csv_rows(path, flag, what="CSV file"):
 
 
 def image_csv(path, *unlabelled, complete=False):
-    """Read a CSV file of rows `path,label`, the images' paths relative to its folder; a header is optional.
+    """Read a CSV file with a row `path,label` for every image into Samples.
 
-    A row without a label has target -1, as have the images of the CSV files `unlabelled`, beside it, which follow
-    and whose labels are not read. Returns Samples; the classes are the labels, in natural order. Raises
-    FileNotFoundError or ValueError naming file and line: a missing file, an image listed twice or leaving the
-    folder, no image or no label, with `complete` a row without one.
+    Args:
+        path: the CSV file; its paths are relative to its folder, a header is optional, and a missing label is
+            target -1.
+        unlabelled: further CSV files in the same folder, whose images are appended with target -1; their labels are
+            ignored.
+        complete: refuse rows without a label.
+
+    Returns:
+        Samples; the classes are the labels in natural order.
+
+    Raises FileNotFoundError if a file or each of the first 100 images is missing, and ValueError, which names the file,
+    if an image is listed twice or leaves the folder, no row has a label, or with `complete` a row has none.
     """
     rows = _csv_rows(path, "--data-path")
     missing = [entry for entry, label in rows.items() if not label]
@@ -301,16 +331,16 @@ def image_csv(path, *unlabelled, complete=False):
     for file in unlabelled:
         rows |= {entry: "" for entry in _csv_rows(file, "--data-path") if entry not in rows}
     classes = _in_natural_order(set(rows.values()) - {""})
-    number = {"": -1} | {name: i for i, name in enumerate(classes)}
-    targets = np.array([number[label] for label in rows.values()])
-    return Samples(_files(Path(path).parent, list(rows), path), targets, tuple(classes))
+    index = {"": -1} | {name: i for i, name in enumerate(classes)}
+    targets = np.array([index[label] for label in rows.values()])
+    return Samples(_file_source(Path(path).parent, list(rows), path), targets, tuple(classes))
 
 
 # -------------------------------------------------------------------------------- iNaturalist
 
 
-def _json(path):
-    text = _text(path, "file", "--data-path")
+def _read_json(path):
+    text = _read_text(path, "file", "--data-path")
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -318,39 +348,44 @@ def _json(path):
 
 
 def inat(root, part, year, category):
-    """Read iNaturalist 2018 or 2019: `{train,val}<year>.json` and `categories.json` in `root`.
+    """Read iNaturalist 2018 or 2019, `{train,val}<year>.json` and `categories.json` in `root`, into Samples.
+
+    An image's path is its `file_name` without the second component: `train_val2018/Aves/2761/x.jpg` is read from
+    `train_val2018/2761/x.jpg`.
 
     Args:
-        part: 'train' or 'val'; val needs train's JSON too, for the order of the classes.
+        part: "train" or "val"; "val" needs the JSON file of "train" too, for the order of the classes.
+        year: 2018 or 2019.
         category: the key of `categories.json` whose values are the classes, in the order of their first appearance
-            in the train annotations.
-    Returns Samples; an image's path is its `file_name` without the second component (`train_val2018/Aves/2761/x.jpg`
-    lies in `train_val2018/2761/`). Raises FileNotFoundError or ValueError naming the file and what is wrong in it.
+            in the annotations of "train".
+
+    Raises FileNotFoundError or ValueError, which name the file and what is wrong with it.
     """
     root, paths, targets = Path(root), [], []
-    file, categories = root / f"{part}{year}.json", _json(root / "categories.json")
-    train = _json(root / f"train{year}.json")
-    content = train if part == "train" else _json(file)
+    file, categories = root / f"{part}{year}.json", _read_json(root / "categories.json")
+    train = _read_json(root / f"train{year}.json")
+    content = train if part == "train" else _read_json(file)
     try:
-        name = {i: str(each[category]) for i, each in enumerate(categories)}  # not a list: -1 is no category
-        order = dict.fromkeys(name[each["category_id"]] for each in train["annotations"])
-        target = {name: i for i, name in enumerate(order)}
-        class_of = {each["image_id"]: name[each["category_id"]] for each in content["annotations"]}
+        # A dict, because a list would accept the index -1.
+        name_of = {i: str(each[category]) for i, each in enumerate(categories)}
+        classes = dict.fromkeys(name_of[each["category_id"]] for each in train["annotations"])
+        target_of = {name: i for i, name in enumerate(classes)}
+        class_of = {each["image_id"]: name_of[each["category_id"]] for each in content["annotations"]}
         entries = [(each["file_name"], class_of[each["id"]]) for each in content["images"]]
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(
             f"{file} and categories.json beside it are not iNaturalist's (--inat-category {category}): {error!r}."
         ) from error
-    if unknown := {label for _, label in entries} - set(target):
+    if unknown := {label for _, label in entries} - set(target_of):
         raise ValueError(f"{file} has classes that train{year}.json lacks: {sorted(unknown)[:10]}.")
     for number, (entry, label) in enumerate(entries):
         where = f"{file}, image {number} from 0: {entry!r}"
         parts = entry.split("/") if isinstance(entry, str) else []
         if len(parts) < 3:
-            raise ValueError(f"{where} is not `folder/group/.../file`, of which the group is dropped.")
-        _check_inside(entry, where, root)
+            raise ValueError(f"{where} is not `folder/group/.../file`, whose second component is left out.")
+        _check_entry(entry, where, root)
         paths.append("/".join(parts[:1] + parts[2:]))
-        targets.append(target[label])
+        targets.append(target_of[label])
     if not paths:
         raise ValueError(f"{file} lists no image.")
-    return Samples(_files(root, paths, file), np.array(targets), tuple(order))
+    return Samples(_file_source(root, paths, file), np.array(targets), tuple(classes))

@@ -1,4 +1,4 @@
-"""Any timm classifier behind the two-stream contract: a list of logits, here of one tensor."""
+"""Single-stream networks with the interface of the two-stream ones: a list of logits, here of one tensor."""
 
 import timm
 from timm.models import generate_default_cfgs
@@ -6,14 +6,17 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from models.blocks import ConvBlock, recomputed
-from models.semiformer import describe_networks, head, init_weights, registered
+from models.semiformer import head, init_weights, registered
 
 
 class SingleStream:
-    """Mix-in that gives a timm classifier the contract of a two-stream network, and leaves its keys as they are."""
+    """Mix-in that gives a timm classifier the interface of a two-stream network without changing its state dict."""
 
     def forward(self, images, ret_feat=False):
-        """(N, 3, H, W) -> [logits (N, classes)]; with `ret_feat` {"output": that, "feat": [(N, features)]}."""
+        """Map images (N, in_chans, H, W) to [logits (N, num_classes)].
+
+        With `ret_feat`, returns {"output": [logits], "feat": [the head's input (N, num_features)]}.
+        """
         features = self.forward_features(images)
         logits = [self.forward_head(features)]
         if not ret_feat:
@@ -22,16 +25,16 @@ class SingleStream:
 
 
 def single_stream(model):
-    """Turn a timm classifier into a SingleStream, in place; its class becomes a subclass of what it was."""
+    """Give a timm classifier the interface of `SingleStream` in place, by replacing its class with a subclass of it."""
     model.__class__ = type(type(model).__name__, (SingleStream, type(model)), {})
     return model
 
 
 class ConvStream(nn.Module):
-    """The CNN stream of a two-stream network alone, one stage for each of its three widths, two blocks a stage.
+    """The CNN stream of Semiformer_micro on its own: one block in the first stage, two in the second and third.
 
     Args:
-        width: channels of the first stage, which is one block; the second has twice, the third four times as many.
+        width: channels of the first stage; the second has 2 * width, the third 4 * width.
     """
 
     def __init__(self, num_classes=1000, width=256, in_chans=3):
@@ -55,41 +58,41 @@ class ConvStream(nn.Module):
         init_weights(self)
 
     def get_classifier(self):
-        """The head, as of every network of timm."""
+        """Return the head."""
         return self.head
 
     def reset_classifier(self, num_classes):
-        """A new head of another number of classes; 0: none, the logits are the features."""
+        """Replace the head; with 0 classes the logits are the features."""
         self.num_classes = num_classes
         self.head = head(self.num_features, num_classes, like=next(self.parameters()))
 
     def no_weight_decay(self):
-        """Parameters AdamW must not decay beside biases and 1-d ones: none."""
+        """Names of parameters that AdamW must not decay, in addition to biases and 1-d parameters: none."""
         return set()
 
     def set_grad_checkpointing(self, enable=True):
-        """Keep only what passes between blocks, and compute a block again in backward."""
+        """Enable or disable gradient checkpointing: backward recomputes each block from its input."""
         self.grad_checkpointing = enable
 
     def forward(self, images):
-        """(N, 3, H, W) -> logits (N, num_classes); as of every network of timm, before `single_stream`."""
+        """Map images (N, in_chans, H, W) to logits (N, num_classes), as timm's networks do."""
         return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images):
-        """(N, 3, H, W) -> (N, num_features, H/32, W/32)."""
+        """Map images (N, in_chans, H, W) to a feature map (N, num_features, H/32, W/32)."""
         x = self.stem(images)
         for block in self.blocks:
             x, _ = recomputed(block, x) if self.grad_checkpointing and self.training else block(x)
         return x
 
     def forward_head(self, x, pre_logits=False):
-        """The map -> logits (N, num_classes), or with `pre_logits` the pooled map."""
+        """Map the feature map to logits (N, num_classes), or with `pre_logits` to its spatial mean."""
         x = x.mean((2, 3))
         return x if pre_logits else self.head(x)
 
 
 class MyResNet(nn.Module):
-    """timm's ResNet with every key under `model.`, as the released code saves it."""
+    """timm's ResNet with `model.` in front of every key of its state dict, as the released code saves it."""
 
     def __init__(self, layout, **kwargs):
         super().__init__()
@@ -97,72 +100,71 @@ class MyResNet(nn.Module):
         self.num_classes, self.num_features = self.model.num_classes, self.model.num_features
 
     def set_grad_checkpointing(self, enable=True):
-        """timm's: compute layers again in backward."""
+        """Enable or disable gradient checkpointing, as timm's ResNet does it."""
         self.model.set_grad_checkpointing(enable)
 
     def get_classifier(self):
-        """timm's: the head."""
+        """Return the head."""
         return self.model.get_classifier()
 
     def reset_classifier(self, num_classes):
-        """timm's: a new head of another number of classes."""
+        """Replace the head."""
         self.num_classes = num_classes
         self.model.reset_classifier(num_classes)
 
     def no_weight_decay(self):
-        """Parameters AdamW must not decay beside biases and 1-d ones: none."""
+        """Names of parameters that AdamW must not decay, in addition to biases and 1-d parameters: none."""
         return set()
 
     def forward_features(self, images):
-        """timm's: (N, 3, H, W) -> (N, num_features, H/32, W/32)."""
+        """Map images (N, in_chans, H, W) to a feature map (N, num_features, H/32, W/32)."""
         return self.model.forward_features(images)
 
     def forward_head(self, x, pre_logits=False):
-        """timm's: the map -> logits (N, num_classes), or with `pre_logits` the pooled map."""
+        """Map the feature map to logits (N, num_classes), or with `pre_logits` to the pooled features."""
         return self.model.forward_head(x, pre_logits)
 
     def forward(self, images, ret_feat=False):
-        """(N, 3, H, W) -> [logits (N, classes)]; with `ret_feat` the pooled features too."""
+        """See `SingleStream.forward`."""
         return self.model(images, ret_feat)
 
 
+RESNET_CFG = {"first_conv": "model.conv1", "classifier": "model.fc"}
+DEIT_CFG = {"first_conv": "patch_embed.proj", "classifier": "head", "fixed_input_size": True}
 default_cfgs = generate_default_cfgs(
-    describe_networks("myresnet50", "myresnet101", "myresnet152", first_conv="model.conv1", classifier="model.fc")
-    | describe_networks("conv_micro", first_conv="stem.0", classifier="head")
-    | describe_networks(
-        *("deit_med_patch16_224", "deit_micro_patch16_224"),
-        first_conv="patch_embed.proj",
-        classifier="head",
-        fixed_input_size=True,
-    )
+    {
+        **dict.fromkeys(("myresnet50", "myresnet101", "myresnet152"), RESNET_CFG),
+        "conv_micro": {"first_conv": "stem.0", "classifier": "head"},
+        **dict.fromkeys(("deit_med_patch16_224", "deit_micro_patch16_224"), DEIT_CFG),
+    }
 )
 
 
 @registered(MyResNet, layout="resnet50")
 def myresnet50():
-    """timm's resnet50 under the prefix `model.`."""
+    """timm's resnet50 with the key prefix `model.`."""
 
 
 @registered(MyResNet, layout="resnet101")
 def myresnet101():
-    """timm's resnet101 under the prefix `model.`."""
+    """timm's resnet101 with the key prefix `model.`."""
 
 
 @registered(MyResNet, layout="resnet152")
 def myresnet152():
-    """timm's resnet152 under the prefix `model.`."""
+    """timm's resnet152 with the key prefix `model.`."""
 
 
 @registered(VisionTransformer, patch_size=16, embed_dim=576, depth=12, num_heads=9)
 def deit_med_patch16_224():
-    """DeiT between small and base: embedding 576, 9 heads; timm has the other three sizes."""
+    """A DeiT between small and base, with embedding dimension 576 and 9 heads; timm has tiny, small and base."""
 
 
 @registered(VisionTransformer, patch_size=16, embed_dim=192, depth=4, num_heads=3)
 def deit_micro_patch16_224():
-    """Ours, for the study on two CPU cores: DeiT-tiny's width, four blocks."""
+    """Ours, for the study on two CPU cores: DeiT-tiny with four blocks."""
 
 
 @registered(ConvStream, width=172)
 def conv_micro():
-    """Ours, for the study: the CNN stream of Semiformer_micro alone, wider, so that the size is the same."""
+    """Ours, for the study: the CNN stream of Semiformer_micro on its own, wider to have about as many parameters."""

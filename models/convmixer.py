@@ -6,11 +6,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.blocks import ConvTransBlock, enlarged, transformer_block
-from models.semiformer import HEADS, Semiformer, describe_networks, registered
+from models.semiformer import HEADS, Semiformer, registered
 
 
 class ConvMixerBlock(nn.Module):
-    """Depthwise 9x9 -> GELU -> BatchNorm with a shortcut, then 1x1 -> GELU -> BatchNorm."""
+    """A residual depthwise 9x9 convolution, then a pointwise convolution, each followed by GELU and BatchNorm."""
 
     def __init__(self, dim, kernel_size=9):
         super().__init__()
@@ -20,20 +20,24 @@ class ConvMixerBlock(nn.Module):
         self.norm2 = nn.BatchNorm2d(dim)
 
     def forward(self, x, expanded=None):
-        """(N, C, H, W), expanded map (joins the depthwise input only) or None -> the block's output, twice."""
+        """Map x, (N, C, H, W), to (output, output): the second is the activation that squeeze reads.
+
+        If an expanded map is given, it is added to the input of the depthwise convolution but not to the shortcut.
+        """
         x = self.norm1(F.gelu(self.conv1(x if expanded is None else x + enlarged(expanded, x)))) + x
         x = self.norm2(F.gelu(self.conv2(x)))
         return x, x
 
 
 class SemiformerConvMixer(Semiformer):
-    """The two-stream network around a ConvMixer on 8x8 patches, whose map stays at 1/8 of the image.
+    """The two-stream network with a ConvMixer on 8x8 patches as its CNN; the map stays at 1/8 of the image.
 
-    `num_med_block` and `narrow` have no meaning here. Stages are 2..depth-1: one transformer block fewer.
+    The stages are 2..depth-1, so there are depth - 1 transformer blocks. Raises ValueError for `narrow` and
+    `num_med_block`, which do not apply.
     """
 
     def __init__(self, mixer_dim=768, **kwargs):
-        self.mixer_dim = mixer_dim  # read while the parent builds
+        self.mixer_dim = mixer_dim  # before super().__init__, which calls _build_stages
         super().__init__(base_channel=mixer_dim // 4, channel_ratio=1, **kwargs)
 
     def _build_stages(self, width, depth, drop_path_rate, narrow, num_med_block):
@@ -58,15 +62,15 @@ class SemiformerConvMixer(Semiformer):
             self.add_module(f"conv_trans_{i}", stage)
 
     def _first_cnn_stage(self, images, stem):
-        # released code: the 7x7 stem remains and feeds the patch convolution only.
+        # released code: the 7x7 stem is kept, but feeds only the patch convolution of the transformer.
         return self.conv_1(self.convmix1_embed(images))[0]
 
 
 default_cfgs = generate_default_cfgs(
-    describe_networks("Semiformer_convmixer_12depth", first_conv=("conv1", "convmix1_embed.0"), classifier=HEADS)
+    {"Semiformer_convmixer_12depth": {"first_conv": ("conv1", "convmix1_embed.0"), "classifier": HEADS}}
 )
 
 
 @registered(SemiformerConvMixer, embed_dim=384, num_heads=6)
 def Semiformer_convmixer_12depth():
-    """Semiformer-S with a ConvMixer-768 stream: 40.9 M parameters."""
+    """Semiformer-S with a ConvMixer of width 768 as its CNN: 40.9 M parameters."""

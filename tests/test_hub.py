@@ -30,7 +30,7 @@ def load(name=NAME, **settings):
 def test_every_network_of_ours_is_an_entry_with_help():
     entries = [name for name in dir(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")]
     assert entries == sorted(NAMES) and len(NAMES) == 16  # as torch.hub.list does
-    assert getattr(hubconf, NAME).__doc__.startswith(f"{NAME}: images (N, 3, S, S)")
+    assert getattr(hubconf, NAME).__doc__.startswith(f"{NAME}: maps images (N, 3, S, S) to")
 
 
 def test_a_file_decides_on_weights_classes_and_input(file):
@@ -53,7 +53,7 @@ def test_without_a_file_the_network_is_fresh():
     (NAME, {"pretrained": True}, f"No weights are hosted for {NAME}: pass pretrained=PATH"),
     (NAME, {"pretrained": "none.pth"}, "There is no checkpoint none.pth"),
     ("conv_micro", {}, f"was trained with --model {NAME}, not conv_micro"),
-    (NAME, {"drop_path": 0.1}, "drop_path cannot be set beside pretrained=.*: the file decides"),
+    (NAME, {"drop_path": 0.1}, "drop_path cannot be set with pretrained=.*: its settings apply"),
     (NAME, {"ema": True}, "holds no averaged weights"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_one_sentence(file, name, settings, message):

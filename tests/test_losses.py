@@ -214,7 +214,7 @@ def test_the_supervised_phase_of_one_stream_has_one_part():
 
 
 def test_other_numbers_of_streams_are_refused():
-    with pytest.raises(ValueError, match="one stream or two, not 3"):
+    with pytest.raises(ValueError, match="one or two streams, not 3"):
         objective([noise(4, 5)] * 3, torch.arange(4), None, None, None, Recipe())
     with pytest.raises(ValueError, match="zip"):
         objective([noise(4, 5)] * 2, torch.arange(4), [noise(4, 5)], torch.arange(4), torch.ones(4), Recipe())
@@ -357,9 +357,9 @@ def test_half_precision_and_autocast_are_computed_in_float32(loss):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"consistency_type": "mse"}, "unknown consistency type 'mse'; known: triplet, infonce"),
-        ({"anchor_type": "none"}, "unknown anchor type 'none'; known: weak, strong, both"),
-        ({"dis_type": "l1"}, "unknown distance 'l1'; known: cos, l2"),
+        ({"consistency_type": "mse"}, "Unknown consistency type 'mse'; known: triplet, infonce"),
+        ({"anchor_type": "none"}, "Unknown anchor type 'none'; known: weak, strong, both"),
+        ({"dis_type": "l1"}, "Unknown distance 'l1'; known: cos, l2"),
     ],
 )
 def test_unknown_settings_are_named(settings, message):

@@ -169,7 +169,7 @@ def test_half_precision_is_computed_in_float32(half):
 
 
 def test_unknown_policy_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown pseudo-label policy 'vote'; known: cnn, trans.*_v6"):
+    with pytest.raises(ValueError, match="Unknown pseudo-label policy 'vote'; known: cnn, trans.*_v6"):
         select_targets(*scattered(), "vote", 0.7, 1.0)
 
 
@@ -192,7 +192,7 @@ def test_a_single_stream_labels_for_itself():
 
 @pytest.mark.parametrize("streams", [0, 3])
 def test_other_numbers_of_streams_are_refused(streams):
-    with pytest.raises(ValueError, match=f"one stream or two, not {streams}"):
+    with pytest.raises(ValueError, match=f"one or two streams, not {streams}"):
         pseudo_label([torch.zeros(2, C)] * streams, "cnn", 0.7, 1.0)
 
 

@@ -227,7 +227,7 @@ def test_split_files(samples, content, expected):
     ("", "list.txt lists no image"),
     ("\n \r\n", "list.txt lists no image"),
     (b"1.jpg\ncaf\xe9.jpg\n", "list.txt is not UTF-8"),
-    ("1.jpg\n\n2.jpg\0,1,1\n", "list.txt is no text: line 3 holds a zero byte"),
+    ("1.jpg\n\n2.jpg\0,1,1\n", "list.txt is not a text file: line 3 contains a null byte"),
     ("1.jpg,\u00b2,3\n", "line 1: '1.jpg,\u00b2,3' is not among"),
 ])  # fmt: skip
 def test_wrong_split_files_are_explained(samples, content, message):
@@ -318,7 +318,7 @@ def test_classes_are_counted_in_several_lists(tmp_path):
     ("a.jpg 1\nx/../../b.jpg 0", "line 2: 'x/../../b.jpg' leaves the data folder"),
     ("a.jpg 1\n/etc/passwd,0", "line 2: '/etc/passwd' leaves the data folder"),
     ("", r"list.txt names no image \(--split-folder\)"), ("\n \n", "list.txt names no image"),
-    (b"caf\xe9.jpg 1", "list.txt is not UTF-8"), ("a.jpg 1\nb\0.jpg 1", "list.txt is no text: line 2 holds a zero"),
+    (b"caf\xe9.jpg 1", "list.txt is not UTF-8"), ("a.jpg 1\nb\0.jpg 1", "list.txt is not a text file: line 2"),
     ("a.jpg \u0663", "line 1: 'a.jpg \u0663' has no class"),
 ])  # fmt: skip
 def test_wrong_lists_are_explained(tmp_path, content, message):
@@ -420,7 +420,7 @@ def test_rows_without_a_label(tmp_path):
 
 
 @pytest.mark.parametrize("content, message", [
-    ("a.jpg,cat,1\n", "line 1: 'a.jpg': write `path,label`, in quotes"),
+    ("a.jpg,cat,1\n", "line 1: 'a.jpg': write `path,label`, with quotes"),
     ("a.jpg,cat\n,dog\n", "line 2: '': write `path,label`"),
     ("path,label\na.jpg,cat\n\n../b.jpg,cat\n", "line 4: '../b.jpg' leaves the data folder"),
     ("a.jpg,cat\nx/../../b.jpg\n", "line 2: 'x/../../b.jpg' leaves"),
@@ -428,7 +428,7 @@ def test_rows_without_a_label(tmp_path):
     ("a.jpg,cat\nb.jpg,cat\na.jpg,dog\n", "line 3: 'a.jpg' was listed before"),
     ('a.jpg,"cat\n', "train.csv, line 1 is not CSV"), ('a.jpg,"cat"s\n', "train.csv, line 1 is not CSV"),
     ("", "train.csv has no row `path,label`"), ("path,label\n", "has no row"), ("a.jpg\nb.jpg,\n", "has no row"),
-    (b"a.jpg,caf\xe9\n", "train.csv is not UTF-8"), ("a.jpg,cat\nb\0.jpg,cat", "train.csv is no text: line 2 holds"),
+    (b"a.jpg,caf\xe9\n", "train.csv is not UTF-8"), ("a.jpg,cat\nb\0.jpg,cat", "train.csv is not a text file: line 2"),
     ('"a\nb.jpg",cat\n"..",cat', r"line 3: '\.\.' leaves"),
 ])  # fmt: skip
 def test_wrong_csv_files_are_explained(tmp_path, content, message):
@@ -529,7 +529,7 @@ def test_inat_without_the_category(tmp_path):
     ("file_name", "a/b.jpg", "'a/b.jpg' is not `folder/group/.../file`"),
     ("file_name", "../x/b.jpg", "train2018.json, image 1 from 0: '../x/b.jpg' leaves the data folder"),
     ("file_name", "a/../b/c.jpg", "leaves the data folder"),  # also where the part left out would be the '..'
-    ("file_name", "a/b/c\0.jpg", "is no name of a file"), ("file_name", "a/b/\ud800.jpg", "is no name of a file"),
+    ("file_name", "a/b/c\0.jpg", "is not a file name"), ("file_name", "a/b/\ud800.jpg", "is not a file name"),
     ("file_name", 5, "image 1 from 0: 5 is not `folder/group/.../file`"),
     ("id", 555, "not iNaturalist's"), ("id", [], "not iNaturalist's"),
 ])  # fmt: skip
@@ -557,6 +557,6 @@ def test_wrong_inat_files_are_explained(tmp_path, content, message):
 
 
 def test_leaving_entries_of_unlabelled_csv_files(tmp_path):
-    for entry, words in (("../a.jpg", "leaves"), ("/a.jpg", "leaves"), ("a\0.jpg", "zero byte")):
+    for entry, words in (("../a.jpg", "leaves"), ("/a.jpg", "leaves"), ("a\0.jpg", "null byte")):
         with pytest.raises(ValueError, match=words):
             unlabelled_images(table(tmp_path, f"x/b c.jpg\n{entry}\n"))

@@ -170,7 +170,7 @@ def test_without_matplotlib_the_csv_files_are_there_and_the_rest_is_named(tmp_pa
     report.write(tmp_path, tallied(data())[0], NAMES, 2)
     assert {path.name for path in tmp_path.iterdir()} == {"per_class.csv", "confusion.csv"}
     assert capsys.readouterr().out == (
-        "Not drawn: reliability.png and confusion.png, for matplotlib is not installed: pip install matplotlib.\n"
+        "Cannot draw reliability.png and confusion.png without matplotlib: pip install matplotlib.\n"
     )
 
 

@@ -251,7 +251,7 @@ def broken_images(root):
         "cut.png": (lambda content: content[:-60], "truncated"),
         "half.webp": (lambda content: content[: len(content) // 2], ""),
         "empty.JPEG": (lambda content: b"", "it is empty"),
-        "text.JPEG": (lambda content: b"404 Not Found", "it is no image that Pillow knows"),
+        "text.JPEG": (lambda content: b"404 Not Found", "it is not an image that Pillow knows"),
         "bomb.bmp": (lambda content: content[:18] + (60_000).to_bytes(4, "little") * 2 + content[26:], "bomb"),
     }
     for name, (spoil, _) in kinds.items():

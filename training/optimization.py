@@ -1,4 +1,4 @@
-"""Precision, optimizer and learning rate, as the flags want them: PyTorch's and timm's, with DeiT's settings."""
+"""Mixed precision, optimizer and learning-rate schedule from the flags, built with PyTorch and timm."""
 
 from functools import partial
 
@@ -11,7 +11,18 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 
 def mixed_precision(choice, device):
-    """(autocast context factory, gradient scaler) for --amp; ValueError where the device cannot."""
+    """Return (autocast, gradient scaler, name of the precision) for --amp on a device.
+
+    Args:
+        choice: "auto", "bf16", "fp16" or "off". "auto" is bf16 or else fp16 on a GPU, and off on a CPU.
+        device: torch.device.
+
+    Returns:
+        A function without arguments that returns an autocast context, a GradScaler that is enabled for fp16 only,
+        and "bf16", "fp16" or "off".
+
+    Raises ValueError for fp16 without a GPU.
+    """
     if choice == "auto":
         if device.type == "cuda":
             choice = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -25,13 +36,13 @@ def mixed_precision(choice, device):
 
 
 def build_optimizer(args, model):
-    """timm's optimizer of the flags; no decay on biases, 1-d parameters and `no_weight_decay`.
+    """Return timm's optimizer for the flags; biases, 1-d parameters and `model.no_weight_decay()` are not decayed.
 
-    Raises ValueError for an optimizer timm does not know or that refuses the flags' settings.
+    Raises ValueError for an optimizer that timm does not know or that does not accept the flags.
     """
     settings = optimizer_kwargs(args)
     if args.opt.lower() in ("adam", "adamw"):
-        settings["fused"] = True  # one kernel for all parameters, the same sums
+        settings["fused"] = True  # one kernel for all parameters, with the same arithmetic
     try:
         return create_optimizer_v2(model, **settings)
     except (ValueError, AssertionError, TypeError) as error:
@@ -39,23 +50,23 @@ def build_optimizer(args, model):
 
 
 def build_scheduler(args, optimizer):
-    """timm's schedule of the flags, stepped once an epoch, after it, with the epoch's own index."""
+    """Return timm's learning-rate schedule for the flags; call `step(epoch)` with the epoch that has just ended."""
     settings = scheduler_kwargs(args)
     if args.sched == "plateau" and not args.warmup_epochs:
-        settings["warmup_lr"] = args.lr  # timm's plateau starts from it even without a warm-up.
+        settings["warmup_lr"] = args.lr  # timm's plateau schedule starts at warmup_lr even without a warm-up
     scheduler, _ = create_scheduler_v2(optimizer, **settings)
     if args.sched == "plateau":
-        scheduler.lr_scheduler.cooldown = args.cooldown_epochs  # timm's factory always sets 0.
+        scheduler.lr_scheduler.cooldown = args.cooldown_epochs  # timm's factory always sets it to 0
     return scheduler
 
 
 def learning_rates(args):
-    """The learning rate in force in each epoch, (epochs,); a plateau schedule is shown without any plateau."""
+    """Return the learning rate of every epoch as a list; a plateau schedule is assumed to see no plateau."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.lr)
     scheduler = build_scheduler(args, optimizer)
     rates = []
     for epoch in range(args.epochs):
         rates.append(optimizer.param_groups[0]["lr"])
-        # released code: the index is the finished epoch's, so epochs 0 and 1 share the first value.
+        # released code: step() gets the finished epoch, not the next, so epochs 0 and 1 have the same rate.
         scheduler.step(epoch, metric=epoch)
     return rates

@@ -1,4 +1,4 @@
-"""The report of an evaluation: classes, confusions, calibration and pace, as figures, CSV files and pictures."""
+"""The report of an evaluation: per-class accuracy, confusion matrix, calibration and speed, as CSV files and plots."""
 
 import csv
 import io
@@ -12,33 +12,37 @@ import utils
 from utils import print_main
 
 BINS = 15
-STREAMS = {"": "top1", "_head1": "top1_cnn", "_head2": "top1_transformer"}  # score of `engine.evaluate`: CSV column
-MOST_CLASSES = 100  # of the confusion matrix's picture
-WIDTH, DPI = 8.3, 200  # inches, dots an inch: 1660 pixels, twice the width of a README
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"  # Okabe and Ito, 2008
+STREAMS = {"": "top1", "_head1": "top1_cnn", "_head2": "top1_transformer"}  # suffix in `engine.evaluate`: CSV column
+MOST_CLASSES = 100  # up to which the confusion matrix is drawn
+WIDTH, DPI = 8.3, 200  # inches and dots per inch: 1660 pixels, twice the width of a README
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"  # colours of Okabe and Ito, 2008
 
 
 def calibration_error(bins):
-    """Expected calibration error, a fraction 0..1 (Guo et al., "On Calibration of Modern Neural Networks", ICML 2017).
+    """Return the expected calibration error (ECE), a fraction 0..1.
 
-    An image's confidence p is the largest probability of the softmax of the streams' summed logits, and it is a hit
-    where that class is the true one. Of M bins of equal width, the m-th holds the images with (m-1)/M < p <= m/M,
-    and ECE = sum over m of (images in m / all images) * |share of hits in m - mean confidence in m|.
+    The confidence p of an image is the largest softmax probability of the streams' summed logits; the image is a hit
+    if that class is the true one. Bin m of M contains the images with (m-1)/M < p <= m/M, and ECE is the sum over all
+    bins of (images in m / all images) * |accuracy in m - mean confidence in m|. Source: Guo et al., "On Calibration of
+    Modern Neural Networks", ICML 2017.
 
     Args:
-        bins: (3, M) float64: images, hits and sum of confidences of each bin. NaN where there is no image.
+        bins: (3, M) float64: the number of images, the number of hits and the sum of confidences of every bin.
+
+    Returns NaN if there are no images.
     """
     images, hits, confidence = bins
     return ((hits - confidence).abs().sum() / images.sum()).item()
 
 
 class Tally:
-    """Counts of an evaluation's images, kept on the device until `over_ranks`, and its clock.
+    """Counts the results of an evaluation on the device, and measures its speed.
 
     Attributes:
-        confusion: (C, C) int32, images by true and predicted class (of the summed logits).
-        hits: (3, C) int64, by true class: of the summed logits, the CNN, the transformer (0 for a single stream).
-        bins: as in `calibration_error`, of `BINS` bins.
+        confusion: (C, C) int32, images by true class and class predicted by the summed logits.
+        hits: (3, C) int64, correctly classified images by true class: by the summed logits, the CNN and the
+            transformer (the last two are 0 for a single stream).
+        bins: the counts that `calibration_error` takes, (3, BINS) float64.
     """
 
     def __init__(self, classes, device):
@@ -49,7 +53,7 @@ class Tally:
         self.images, self.waited, self.start = 0, 0.0, None
 
     def clocked(self, batches):
-        """The batches, (images, ...), timed from the second on: the first has what happens once."""
+        """Yield the batches, (images, ...), and measure their time from the second on: the first includes start-up."""
         last = time.perf_counter()
         for batch in batches:
             if self.start is not None:
@@ -63,27 +67,33 @@ class Tally:
             last = time.perf_counter()
 
     def add(self, scores, ranked, target):
-        """Count a batch: the `observe` of `engine.evaluate`. Nothing waits for the device."""
+        """Count a batch, as the `observe` argument of `engine.evaluate`, without synchronising with the device.
+
+        Args:
+            scores: {suffix: scores (N, C)}, with the summed logits under "".
+            ranked: {suffix: classes (N, k), the most probable first}.
+            target: true classes (N,) int64.
+        """
         for hits, name in zip(self.hits, STREAMS):
             if name in ranked:
                 hits.index_add_(0, target, (ranked[name][:, 0] == target).long())
         predicted = ranked[""][:, 0]
-        place = target * len(self.confusion) + predicted
-        self.confusion.view(-1).index_add_(0, place, torch.ones_like(place, dtype=torch.int32))
+        cell = target * len(self.confusion) + predicted
+        self.confusion.view(-1).index_add_(0, cell, torch.ones_like(cell, dtype=torch.int32))
         confidence = scores[""].double().softmax(1).amax(1)
         index = (confidence * BINS).ceil().long().sub(1).clamp(0, BINS - 1)
         counted = torch.stack([torch.ones_like(confidence), (predicted == target).double(), confidence])
         self.bins.index_add_(1, index, counted)
 
     def over_ranks(self):
-        """Sum the counts over the ranks, which must all call it, right after the evaluation.
+        """Sum the counts over all ranks in place; every rank must call it right after the evaluation.
 
-        Returns `ece`; and from the second batch on `images_per_second`, of all ranks together, and `data_wait`, the
-        share 0..1 of that time in which a rank waited for images (both None where each rank had one batch).
+        Returns a dict with `ece` (see `calibration_error`), `images_per_second` of all ranks together, and `data_wait`,
+        the fraction 0..1 of their time that the ranks spent waiting for images. The last two are None if no rank had a
+        second batch.
         """
-        seconds = (
-            time.perf_counter() - self.start if self.start is not None else 0.0
-        )  # evaluate has waited for the device
+        # The device has finished: engine.evaluate read its results.
+        seconds = time.perf_counter() - self.start if self.start is not None else 0.0
         for counts in (self.confusion, self.hits, self.bins):
             utils.sum_over_ranks(counts)
         images, waited, times = zip(*utils.gather((self.images, self.waited, seconds)))
@@ -96,11 +106,11 @@ class Tally:
 
 
 def summary(figures):
-    """The figures of `Tally.over_ranks` in words."""
+    """Return the figures of `Tally.over_ranks` as a line of text."""
     words = f"expected calibration error {figures['ece']:.4f}"
     if figures["images_per_second"] is None:
         return words + "; one batch is too few to time"
-    waited = f"{figures['data_wait']:.0%} of the time waiting for them"
+    waited = f"{figures['data_wait']:.0%} of the time waiting for data"
     return words + f"; {figures['images_per_second']:.1f} images/s, {waited}"
 
 
@@ -108,29 +118,34 @@ def summary(figures):
 
 
 def write(folder, tally, classes, streams, prefix=""):
-    """Write per_class.csv, confusion.csv, reliability.png and, up to 100 classes, confusion.png of a summed tally.
+    """Write per_class.csv, confusion.csv, reliability.png and, up to 100 classes, confusion.png.
 
     Args:
-        classes: names, by index. streams: how many the network has. prefix: before the files' names.
-    Raises OSError naming the file. Where matplotlib is missing, what is not drawn is said.
+        folder: an existing folder.
+        tally: a Tally after `over_ranks`.
+        classes: the classes' names, in the order of their indices.
+        streams: number of streams of the network, 1 or 2.
+        prefix: put in front of the files' names.
+
+    If matplotlib is not installed, nothing is drawn and a message is printed. Raises OSError, which names the file.
     """
     confusion, hits = tally.confusion.cpu(), tally.hits.cpu().tolist()
     images = confusion.sum(1).tolist()
     columns = list(STREAMS.values())[: 3 if streams > 1 else 1]
-    shares = [[f"{100 * n / of:.3f}" if of else "" for n, of in zip(row, images)] for row in hits[: len(columns)]]
-    rows = [["class", "name", "images", *columns], *zip(range(len(classes)), classes, images, *shares)]
+    percents = [[f"{100 * n / of:.3f}" if of else "" for n, of in zip(row, images)] for row in hits[: len(columns)]]
+    rows = [["class", "name", "images", *columns], *zip(range(len(classes)), classes, images, *percents)]
     _write_csv(Path(folder, f"{prefix}per_class.csv"), rows)
     table = ([name, *row.tolist()] for name, row in zip(classes, confusion))
     _write_csv(Path(folder, f"{prefix}confusion.csv"), [["true \\ predicted", *classes], *table])
-    pictures = {f"{prefix}reliability.png": lambda: draw_reliability(tally.bins.cpu())}
+    plots = {f"{prefix}reliability.png": lambda: draw_reliability(tally.bins.cpu())}
     if len(classes) <= MOST_CLASSES:
-        pictures[f"{prefix}confusion.png"] = lambda: draw_confusion(confusion, classes)
+        plots[f"{prefix}confusion.png"] = lambda: draw_confusion(confusion, classes)
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
-        print_main(f"Not drawn: {' and '.join(pictures)}, for matplotlib is not installed: pip install matplotlib.")
+        print_main(f"Cannot draw {' and '.join(plots)} without matplotlib: pip install matplotlib.")
         return
-    for name, draw in pictures.items():
+    for name, draw in plots.items():
         path = Path(folder, name)
         with utils.writing(path):
             draw().savefig(f"{path}.tmp", format="png")
@@ -143,7 +158,7 @@ def _write_csv(path, rows):
     utils.write_atomic(path, text.getvalue())
 
 
-# -------------------------------------------------------------------------------- pictures
+# -------------------------------------------------------------------------------- plots
 
 
 def _figure(height):
@@ -153,20 +168,21 @@ def _figure(height):
 
 
 def _label(name, length=22):
-    """A class name as a label: cut, and nothing in it taken for a formula."""
+    """Shorten a class's name to `length` characters for a plot, and escape what matplotlib would take for a formula."""
     name = name if len(name) <= length else name[: length - 1] + "…"
     return name.replace("$", r"\$")
 
 
 def draw_confusion(confusion, classes):
-    """The matplotlib figure of a confusion matrix, (C, C) integers: each row in percent of its true class.
+    """Return the matplotlib figure of a confusion matrix, (C, C) integers, as percentages of each true class.
 
-    Up to 30 classes have their names beside them, up to 20 their percents in the cells. Rows of no image are grey.
+    Up to 30 classes are labelled with their names, and up to 20 have the percentages in the cells. The rows of classes
+    without images are grey.
     """
     import matplotlib
 
     count, rows = len(classes), confusion.sum(1, keepdim=True)
-    percent = (100 * confusion / rows).numpy()  # NaN in a row of no image
+    percent = (100 * confusion / rows).numpy()  # NaN for a class without images
     figure = _figure(7.2)
     axis = figure.subplots()
     with matplotlib.rc_context({"font.size": 10}):
@@ -175,13 +191,13 @@ def draw_confusion(confusion, classes):
         named, size = count <= 30, 8 if 20 < count <= 30 else 10
         ticks = range(0, count, 1 if named else 10)
         labels = [_label(classes[i]) if named else str(i) for i in ticks]
-        turned = named and max(map(len, labels)) * count > 60
-        axis.set_xticks(ticks, labels, fontsize=size, rotation=90 if turned else 0)
+        vertical = named and max(map(len, labels)) * count > 60
+        axis.set_xticks(ticks, labels, fontsize=size, rotation=90 if vertical else 0)
         axis.set_yticks(ticks, labels, fontsize=size)
-        kind = "class" if named else "class (its index: per_class.csv has the names)"
+        kind = "class" if named else "class (index; the names are in per_class.csv)"
         axis.set_xlabel(f"predicted {kind}", fontsize=11)
         axis.set_ylabel(f"true {kind}", fontsize=11)
-        axis.set_title(f"{int(rows.sum()):,} images: what each true class is taken for", fontsize=12)
+        axis.set_title(f"confusion matrix of {int(rows.sum()):,} images", fontsize=12)
         bar = figure.colorbar(image, ax=axis, shrink=0.8)
         bar.set_label("% of the true class's images", fontsize=11)
         if count <= 20:
@@ -193,24 +209,28 @@ def draw_confusion(confusion, classes):
 
 
 def draw_reliability(bins):
-    """The matplotlib figure of the reliability diagram of bins as in `calibration_error`, over their images."""
+    """Return the matplotlib figure of a reliability diagram above a histogram of the confidences.
+
+    Args:
+        bins: as in `calibration_error`.
+    """
     images, hits, confidence = (row.numpy() for row in bins)
-    total, there, width = images.sum(), images > 0, 1 / len(images)
-    middle = (torch.arange(len(images)).numpy() + 0.5) * width
-    accuracy, mean = hits[there] / images[there], confidence[there] / images[there]
+    total, occupied, width = images.sum(), images > 0, 1 / len(images)
+    centre = (torch.arange(len(images)).numpy() + 0.5) * width
+    accuracy, mean = hits[occupied] / images[occupied], confidence[occupied] / images[occupied]
     figure = _figure(6.6)
     upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 1))
-    upper.bar(middle[there], accuracy, width * 0.94, color=BLUE, label="accuracy")
-    upper.bar(middle[there], mean - accuracy, width * 0.94, accuracy, color="none", edgecolor=ORANGE, hatch="///",
+    upper.bar(centre[occupied], accuracy, width * 0.94, color=BLUE, label="accuracy")
+    upper.bar(centre[occupied], mean - accuracy, width * 0.94, accuracy, color="none", edgecolor=ORANGE, hatch="///",
               label="gap to the mean confidence")  # fmt: skip
-    upper.plot([0, 1], [0, 1], "--", color=GREY, label="calibrated")
-    upper.set(ylabel="share of hits in the bin", xlim=(0, 1), ylim=(0, 1))
+    upper.plot([0, 1], [0, 1], "--", color=GREY, label="perfect calibration")
+    upper.set(ylabel="accuracy in the bin", xlim=(0, 1), ylim=(0, 1))
     title = f"expected calibration error {100 * calibration_error(bins):.1f} %"
     title += f"  (accuracy {100 * hits.sum() / total:.1f} %, mean confidence {100 * confidence.sum() / total:.1f} %)"
     upper.set_title(title, fontsize=12)
     upper.legend(loc="upper left", fontsize=11)
-    lower.bar(middle, 100 * images / total, width * 0.94, color=BLUE)
-    lower.set(xlabel="confidence: largest probability of the summed logits", ylabel="% of images")
+    lower.bar(centre, 100 * images / total, width * 0.94, color=BLUE)
+    lower.set(xlabel="confidence: largest softmax probability of the summed logits", ylabel="% of images")
     for axis in (upper, lower):
         axis.grid(alpha=0.3)
         axis.set_axisbelow(True)
