@@ -269,7 +269,7 @@ def test_a_data_worker_leaves_the_signals_to_its_task(in_a_task, monkeypatch, re
         request.getfixturevalue("new_forkserver")
 
     def loads_data(args):
-        batches = loading._started(DataLoader(Asks(), num_workers=1, multiprocessing_context=method))
+        batches = loading._start(DataLoader(Asks(), num_workers=1, multiprocessing_context=method))
         got.extend([next(batches)[0].tolist(), dispositions()])
 
     got = []
