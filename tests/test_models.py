@@ -44,9 +44,10 @@ def test_forward_and_gradients_equal_the_published_ones(name, seed, fcu):
     assert_published(name, seed, fcu)
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("form", ["published", "checkpointed", "compiled"])
-def test_every_lever_on_or_off_leaves_the_published_numbers(form):
-    """Levers one by one: the six steps of test_engine."""
+def test_every_form_of_the_whole_network_gives_the_published_numbers(form):
+    """The short form: in test_engine, six training steps of a narrow network in these and all other forms."""
     assert_published("Semiformer_small_patch16", "seed1", "remove_fcu=False", FORMS[form])
 
 
