@@ -1,112 +1,75 @@
-"""Which images a run sees: MultiViewDataset, what a loader reads, and the sets that the flags ask for."""
+"""Which images a run sees: the table of data sets, and the training and evaluation sets that the flags ask for."""
 
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, takewhile
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
+from images import fast_transforms, transforms
+from images.bad_images import BadImages
 from images.cifar import cifar
 from images.decoding import UnreadableImage, check_turbo
 from images.fashion import fashion
 from images.readers import image_csv, image_folder, image_list, inat, read_split, unlabelled_images
-from images.transforms import (
-    FIXMATCH,
-    DeviceFinish,
-    cifar_strong_view,
-    cifar_weak_view,
-    evaluation_view,
-    fast_eval_view,
-    fast_train_view,
-    fast_weak_view,
-    train_view,
-    weak_view,
-)
+from utils import NOT_GIVEN, given
 
 
 class MultiViewDataset:
-    """A data set of the chosen images: `(view, ..., target, index)`, one view per transform, each image read once.
+    """The chosen images of a data set, each read once and shown in one view per transform.
 
-    Labelled and evaluation images have one view, unlabelled ones two, strong and weak, drawn independently.
-    `index` is the image's place in `samples`.
+    Item i is `(view, ..., target, index)`: labelled and evaluation images have one view, unlabelled ones two, strong
+    and weak, drawn independently. `index` is the image's place in `samples`.
 
-    Where an image is unreadable the next one of `indices` that can be read stands in for it, after the last one the
-    first: always the same, and target and index are its own. Evaluation replaces nothing, because the accuracy would
-    be that of other images.
+    Where an image is unreadable, the next readable one of `indices` stands in for it, after the last one the first.
+    It is always the same one and brings its own target and index. Evaluation replaces no image.
 
     Args:
-        tolerated: how many different images may be unreadable, None for evaluation: none, and none is replaced.
-        finish: what a batch lacks, (seed, device) -> function of the batch on the device; images are then read as
-            uint8 tensors. None: nothing, images are read as PIL.Image.
-
-    Attributes:
-        met: indices of the unreadable images this process met in this epoch; kept by `loading.watched`.
-        unreadable: those of all processes in the epochs before, since this process started.
+        samples: `images.readers.Samples`.
+        indices: (n,) places of the chosen images in `samples`.
+        transforms: functions of a PIL.Image or, with `finish`, of a uint8 tensor (3, H, W).
+        tolerated: how many different images may be unreadable; None in evaluation.
+        finish: what the views leave to the device, (seed, device) -> function of a batch; None: nothing.
     """
 
     def __init__(self, samples, indices, *transforms, tolerated=None, finish=None):
         self.samples, self.indices, self.transforms = samples, np.asarray(indices, dtype=np.int64), transforms
-        self.tolerated, self.finish, self.met, self.unreadable = tolerated, finish, set(), set()
+        self.finish, self.bad_images = finish, BadImages(samples.source, len(self.indices), tolerated)
 
     def __len__(self):
         return len(self.indices)
 
     def __getitem__(self, i):
         """Raises UnreadableImage in evaluation, and where more images in a row are unreadable than are tolerated."""
+        item, unreadable = self.load(i)
+        if item is None:
+            self.bad_images.refuse(unreadable)
+        return item
+
+    def load(self, i):
+        """(item i, the unreadable images that it stands in for, [(index, reason)]); the item is None if none may."""
         unreadable = []
-        for index in self._from(i):
+        for index in map(int, chain(self.indices[i:], self.indices[:i])):
             try:
                 image = self.samples.source.pixels(index) if self.finish else self.samples.source.load(index)
             except UnreadableImage as error:
-                if self.tolerated is None:
-                    raise UnreadableImage(f"{error}; evaluation replaces no image: mend or remove this one.") from error
-                unreadable.append(index)
-                self.check(unreadable)
+                unreadable.append((index, str(error)))
+                if self.bad_images.too_many(len(unreadable)):
+                    break
             else:
-                return *(view(image) for view in self.transforms), int(self.samples.targets[index]), index
-        raise UnreadableImage(f"None of the {len(self)} images in {self.samples.source.root} can be read.")
-
-    def _from(self, i):
-        """The indices from place i on, once round."""
-        return map(int, chain(self.indices[i:], self.indices[:i]))
-
-    def replaced(self, places, given):
-        """Of images asked for by their `places`, (B,), those that are not in the batch: their indices, a list.
-
-        `given`, (B,), has the indices in the batch. What lies between the two is unreadable as well.
-        """
-        found, given = [], np.asarray(given)
-        for k in np.flatnonzero(self.indices[places] != given):
-            found += takewhile(given[k].__ne__, self._from(places[k]))
-        return list(dict.fromkeys(found))
-
-    def why(self, index):
-        """Why the image of this index is unreadable, its path in it."""
-        try:
-            self.samples.source.load(index)
-        except UnreadableImage as error:
-            return str(error)
-        return f"{self.samples.source.path(index)} could not be read, and now it can: look after its disk"
-
-    def check(self, unreadable):
-        """Raise UnreadableImage, naming some of them, if these indices are more than are tolerated."""
-        if len(unreadable) > self.tolerated:
-            names = [self.samples.source.path(index) for index in sorted(unreadable)]
-            raise UnreadableImage(
-                f"At least {len(names)} of {len(self)} images in {self.samples.source.root} cannot be read and "
-                f"--max-bad-images allows {self.tolerated}: {', '.join(names[:3])}{', ...' if names[3:] else ''}; "
-                "script/check_images.py finds all."
-            )
+                views = [view(image) for view in self.transforms]
+                return (*views, int(self.samples.targets[index]), index), unreadable
+        return None, unreadable
 
 
 # -------------------------------------------------------------------------------- reading: (args, part) -> Samples
 
 
-def _own(args, part):
-    """A folder in ImageNet layout, or where there is none a CSV file."""
+def _imagenet(args, part):
+    """A folder in ImageNet layout or, where there is none, a CSV file."""
     folder, table = Path(args.data_path, part), Path(args.data_path, f"{part}.csv")
     if folder.is_dir() or not table.is_file():
         return image_folder(folder)
@@ -141,7 +104,7 @@ def _semi_inat(args, part):
 
 
 def _places(prefix, args, part):
-    if args.split_folder == "None":
+    if not given(args.split_folder):
         raise ValueError(f"--data-set {args.data_set} needs --split-folder, the folder of {prefix}semi_ltrain.txt.")
     lists = Path(args.split_folder)
     paths = {"train": f"{prefix}semi_ltrain.txt", "unlabelled": f"{prefix}semi_utrain.txt", "val": "semi_val.txt"}
@@ -162,7 +125,7 @@ def _listed_or_drawn(args, samples):
         # released code: this seed, whatever --seed is, and the split file is not read.
         drawn = random.Random(2021).sample(range(len(candidates)), int(args.select_ratio * len(candidates)))
         return candidates[sorted(drawn)]
-    if args.data_split_file == "None":
+    if not given(args.data_split_file):
         return candidates
     listed = read_split(args.data_split_file, samples)
     if (without := listed[samples.targets[listed] < 0]).size:
@@ -180,7 +143,7 @@ def _first_of_each_class(args, samples):
 
 def _listed_or_first(args, samples):
     """The images of the split file, or the first of each class."""
-    if args.data_split_file == "None":
+    if not given(args.data_split_file):
         return _first_of_each_class(args, samples)
     if args.select_ratio < 1:
         raise ValueError(f"--data-split-file and --select-ratio {args.select_ratio} both choose labels: keep one.")
@@ -197,42 +160,47 @@ class DataSet:
     Attributes:
         read: (args, part) -> Samples; part is 'train', 'val' or, with `listed`, 'unlabelled'.
         label: (args, train Samples) -> indices of the labelled images, (n,) int64.
-        flags: the flags of `_UNSET` that mean something here.
+        flags: the flags of `_UNSET` that apply to it.
         listed: whether the unlabelled images have a list of their own; else they are the train images.
+        supervised_only: whether every image is labelled, so that there is nothing to pseudo-label.
+        colours: (mean, std) of its colours, 0 to 1, where it has the views of FixMatch on CIFAR; None: those of
+            ImageNet.
     """
 
     read: Callable
     label: Callable = _all_with_a_class
     flags: tuple = ()
     listed: bool = False
+    supervised_only: bool = False
+    colours: tuple | None = None
 
 
-_UNSET = {  # flag: the value that asks for nothing
-    "--data-split-file": "None",
-    "--split-folder": "None",
+_UNSET = {  # flag: its value where it asks for nothing
+    "--data-split-file": NOT_GIVEN,
+    "--split-folder": NOT_GIVEN,
     "--select-ratio": 1.0,
     "--inat-category": "name",
     "--unlabelled-path": "",
     "--data-backend": "pil",
 }
-_FILES = ("--data-backend",)  # only files are decoded
-_CIFAR_ROW = DataSet(_cifar, _first_of_each_class, ("--select-ratio", "--unlabelled-path"))
-_PLACES_FLAGS = ("--split-folder", "--unlabelled-path", *_FILES)
+_FILES = ("--data-backend",)  # applies where there are files to decode
+_SPLIT = ("--data-split-file", "--select-ratio", "--unlabelled-path")
+_PLACES = ("--split-folder", "--unlabelled-path", *_FILES)
+_CIFAR = partial(DataSet, _cifar, _first_of_each_class, ("--select-ratio", "--unlabelled-path"))
+# In the order of the released code's flag; FASHION is ours.
 DATA_SETS = {
-    # released code: IMNET does not read the split file, and scripts pass it all the same.
-    "IMNET": DataSet(_own, flags=("--data-split-file", *_FILES)),
-    "SEMI-IMNET": DataSet(
-        _own, _listed_or_drawn, ("--data-split-file", "--select-ratio", "--unlabelled-path", *_FILES)
-    ),
-    "CIFAR10": _CIFAR_ROW,
-    "CIFAR100": _CIFAR_ROW,
-    "FASHION": DataSet(_fashion, _listed_or_first, ("--data-split-file", "--select-ratio", "--unlabelled-path")),
-    "INAT": DataSet(partial(_inat, 2018), flags=("--inat-category", *_FILES)),
-    "INAT19": DataSet(partial(_inat, 2019), flags=("--inat-category", *_FILES)),
+    "FASHION": DataSet(_fashion, _listed_or_first, _SPLIT, colours=((72.9 / 255,) * 3, (90.0 / 255,) * 3)),
+    "CIFAR100": _CIFAR(colours=((129.3 / 255, 124.1 / 255, 112.4 / 255), (68.2 / 255, 65.4 / 255, 70.4 / 255))),
+    "CIFAR10": _CIFAR(colours=((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255))),
+    # released code: IMNET does not read the split file, and its scripts pass one all the same.
+    "IMNET": DataSet(_imagenet, flags=("--data-split-file", *_FILES), supervised_only=True),
+    "SEMI-IMNET": DataSet(_imagenet, _listed_or_drawn, (*_SPLIT, *_FILES)),
+    "INAT": DataSet(partial(_inat, 2018), flags=("--inat-category", *_FILES), supervised_only=True),
+    "INAT19": DataSet(partial(_inat, 2019), flags=("--inat-category", *_FILES), supervised_only=True),
     "SEMI-INAT": DataSet(_semi_inat, flags=("--unlabelled-path", *_FILES), listed=True),
-    "SEMI-PLACES205": DataSet(partial(_places, ""), flags=_PLACES_FLAGS, listed=True),
-    "5PER-SEMI-PLACES205": DataSet(partial(_places, "5per_"), flags=_PLACES_FLAGS, listed=True),
-    "1PER-SEMI-PLACES205": DataSet(partial(_places, "1per_"), flags=_PLACES_FLAGS, listed=True),
+    "SEMI-PLACES205": DataSet(partial(_places, ""), flags=_PLACES, listed=True),
+    "5PER-SEMI-PLACES205": DataSet(partial(_places, "5per_"), flags=_PLACES, listed=True),
+    "1PER-SEMI-PLACES205": DataSet(partial(_places, "1per_"), flags=_PLACES, listed=True),
 }
 
 
@@ -244,24 +212,44 @@ def _check_flags(args, data_set, flags=tuple(_UNSET)):
 
 
 def _views(args):
-    """The labelled, the strong and the weak view of the flags; CIFAR's and FASHION's have no flag but --input-size."""
-    if args.data_set in FIXMATCH:
-        weak = cifar_weak_view(args.input_size, FIXMATCH[args.data_set])
-        return weak, cifar_strong_view(args.input_size, FIXMATCH[args.data_set]), weak
-    strong = train_view(
-        args.input_size, args.aa, args.color_jitter, args.train_interpolation, args.reprob, args.remode, args.recount
+    """The labelled, the strong and the weak view of the flags; those of FixMatch depend on --input-size alone."""
+    size, colours = args.input_size, DATA_SETS[args.data_set].colours
+    if colours:
+        weak = transforms.cifar_weak_view(size, colours)
+        return weak, transforms.cifar_strong_view(size, colours), weak
+    strong = transforms.train_view(
+        size, args.aa, args.color_jitter, args.train_interpolation, args.reprob, args.remode, args.recount
     )
     if args.data_backend == "fast":
-        return *[fast_train_view(strong)] * 2, fast_weak_view(args.input_size)
-    return strong, strong, weak_view(args.input_size)
+        strong = fast_transforms.train_view(strong)
+        return strong, strong, fast_transforms.weak_view(size)
+    return strong, strong, transforms.weak_view(size)
+
+
+def fixmatch_colours(name):
+    """(mean, std) of a data set with FixMatch's views; None for one with ImageNet's, and for an unknown name."""
+    return DATA_SETS[name].colours if name in DATA_SETS else None
+
+
+def evaluation_view(name, size):
+    """The evaluation view of a data set, by name: PIL.Image (RGB) -> float tensor (3, size, size)."""
+    colours = fixmatch_colours(name)
+    return transforms.cifar_eval_view(size, colours) if colours else transforms.eval_view(size)
+
+
+def validation_view(args):
+    """The evaluation view of the flags; with `--data-backend fast` it takes and returns uint8 tensors."""
+    if args.data_backend == "fast":
+        return fast_transforms.eval_view(args.input_size)
+    return evaluation_view(args.data_set, args.input_size)
 
 
 def _finish(args, **erasing):
-    """What is left to the device; None where the views do all."""
+    """What the views leave to the device; None where they do everything."""
     if args.data_backend == "pil":
         return None
     check_turbo()
-    return partial(DeviceFinish, **erasing)
+    return partial(fast_transforms.DeviceFinish, **erasing)
 
 
 def _unlabelled(args, data_set, samples, labelled):
@@ -283,18 +271,18 @@ def _unlabelled(args, data_set, samples, labelled):
 
 
 def _tolerated(args, indices):
-    """How many unreadable images --max-bad-images allows in a set: a share of it below 1, else a number."""
+    """How many unreadable images --max-bad-images allows in a list: below 1 a share of it, else a number."""
     limit = args.max_bad_images
     return int(limit if limit >= 1 else limit * len(indices) + 1e-9)
 
 
 def build_training_sets(args, semi_supervised):
-    """The labelled and, if `semi_supervised`, the unlabelled set of the flags: MultiViewDataset, and Views or None.
+    """The labelled MultiViewDataset of the flags and, if `semi_supervised`, the unlabelled one, else None.
 
-    The unlabelled set is, in its order on disk on every rank: the images of --unlabelled-path, or the data set's own
-    list, or all train images, labelled ones included but for `--unlabelDataset_exclude_labeledData`. Raises
-    FileNotFoundError or ValueError naming file and flag: what is missing or wrong on disk, a flag without meaning
-    for the data set, no labelled or no unlabelled image.
+    The unlabelled set is, in its order on disk and the same on every rank: the images of --unlabelled-path, or the
+    data set's own list, or all train images, of which `--unlabelDataset_exclude_labeledData` leaves out the labelled
+    ones. Raises FileNotFoundError or ValueError naming file and flag: something is missing or wrong on disk, a flag
+    does not apply to the data set, no image is labelled or none is unlabelled.
     """
     data_set = DATA_SETS[args.data_set]
     _check_flags(args, data_set)
@@ -304,27 +292,22 @@ def build_training_sets(args, semi_supervised):
         raise ValueError(f"--select-ratio {args.select_ratio} labels none of {len(samples)} train images: raise it.")
     labelled, *both = _views(args)
     finish = _finish(args, reprob=args.reprob, remode=args.remode, recount=args.recount)
-    labelled_views = MultiViewDataset(samples, indices, labelled, tolerated=_tolerated(args, indices), finish=finish)
+    labelled_set = MultiViewDataset(samples, indices, labelled, tolerated=_tolerated(args, indices), finish=finish)
     if not semi_supervised:
-        return labelled_views, None
+        return labelled_set, None
     pool, others = _unlabelled(args, data_set, samples, indices)
-    return labelled_views, MultiViewDataset(pool, others, *both, tolerated=_tolerated(args, others), finish=finish)
-
-
-def validation_view(args):
-    """The view of evaluation that the flags ask for; with `--data-backend fast` of uint8 tensors."""
-    fast = args.data_backend == "fast"
-    return fast_eval_view(args.input_size) if fast else evaluation_view(args.data_set, args.input_size)
+    return labelled_set, MultiViewDataset(pool, others, *both, tolerated=_tolerated(args, others), finish=finish)
 
 
 def build_validation_set(args, classes=None):
-    """The evaluation set, as `val/` of the data path. Raises ValueError listing the classes only one of the two has.
+    """The evaluation set of the flags, `val/` of --data-path, as a MultiViewDataset.
 
-    It needs the validation part on disk and nothing else, but for INAT and INAT19, whose train JSON has the order
-    of the classes.
+    It needs nothing on disk but the validation part; INAT and INAT19 also need the train JSON, for the order of the
+    classes.
 
     Args:
-        classes: names of the train classes, or None to take those of the validation part as they are (`--eval`).
+        classes: names of the train classes; None (`--eval`): those of the validation part.
+    Raises ValueError listing the classes that only one of the two parts has.
     """
     data_set = DATA_SETS[args.data_set]
     _check_flags(args, data_set, _FILES)

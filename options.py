@@ -1,6 +1,6 @@
 """The command line: every flag with its meaning and unit, and the checks that need nothing but the flags.
 
-A flag keeps its published name, type and default; tests/test_options.py freezes the set.
+Flags keep their published names, types and defaults; tests/test_options.py freezes the set.
 """
 
 import argparse
@@ -8,12 +8,13 @@ import math
 
 import torch
 
-SUPERVISED_DATA_SETS = ("IMNET", "INAT", "INAT19")  # everything labelled: nothing to pseudo-label
-NONE = "None"  # released code: a path flag that is not given is this string
+from datasets import DATA_SETS
+from pseudo_labels import POLICIES
+from utils import NOT_GIVEN
 
 
 class NoEffect(argparse.Action):
-    """A published flag that nothing read: parsed so that it can be answered, and refused."""
+    """A published flag that the published code ignored: it is parsed, in order to be refused with an explanation."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         flag = self.option_strings[0]
@@ -21,7 +22,7 @@ class NoEffect(argparse.Action):
 
 
 def boolean(text):
-    """'true' or 'false' of the command line as a bool (released code: any string was true)."""
+    """Convert 'true' or 'false' of the command line to a bool (released code: any string was true)."""
     values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false: write true or false")
@@ -29,17 +30,30 @@ def boolean(text):
 
 
 def get_args_parser():
-    """The parser of training and evaluation; the Slurm launcher takes it as a parent."""
+    """The parser of training and evaluation, a parent of the Slurm launcher's."""
     parser = argparse.ArgumentParser("Semiformer training and evaluation", add_help=False)
-    for add_flags in (_run_flags, _network_flags, _data_flags, _semi_flags, _consistency_flags,
-                      _augmentation_flags, _mixup_flags, _optimizer_flags, _schedule_flags, _ema_flags,
-                      _checkpoint_flags, _hardware_flags, _distributed_flags, _no_effect_flags):
+    for add_flags in (
+        _run_flags,
+        _network_flags,
+        _data_flags,
+        _semi_flags,
+        _consistency_flags,
+        _augmentation_flags,
+        _mixup_flags,
+        _optimizer_flags,
+        _schedule_flags,
+        _ema_flags,
+        _checkpoint_flags,
+        _hardware_flags,
+        _distributed_flags,
+        _no_effect_flags,
+    ):
         add_flags(parser)
     return parser
 
 
 def _group(parser, title):
-    """add_argument of a new group, which ends every help text with the default."""
+    """The add_argument of a new group, which appends the default to every help text."""
     group = parser.add_argument_group(title)
 
     def add(*flags, help, **settings):
@@ -50,133 +64,247 @@ def _group(parser, title):
 
 def _run_flags(parser):
     add = _group(parser, "length and pace of the run")
-    add("--batch-size", default=64, type=int,
-        help="images per process and step, labelled and unlabelled together")
-    add("--accum-iter", default=1, type=int, metavar="N",
+    add("--batch-size", default=64, type=int, help="images per process and step, labelled and unlabelled together")
+    add(
+        "--accum-iter",
+        default=1,
+        type=int,
+        metavar="N",
         help="batches whose mean loss makes one optimizer step, as one batch N times as large would, but for "
-             "BatchNorm: its statistics are those of each batch; an epoch's last step takes what is left")
-    add("--epochs", default=300, type=int,
-        help="length of the run in epochs; without --steps-per-epoch an epoch is one pass of the labelled "
-             "loader")
-    add("--steps-per-epoch", default=0, type=int, metavar="N",
+        "BatchNorm: its statistics are those of each batch; an epoch's last step takes what is left",
+    )
+    add(
+        "--epochs",
+        default=300,
+        type=int,
+        help="length of the run in epochs; without --steps-per-epoch an epoch is one pass of the labelled loader",
+    )
+    add(
+        "--steps-per-epoch",
+        default=0,
+        type=int,
+        metavar="N",
         help="0: published, an epoch is one pass of the labelled loader; N > 0: every epoch has N steps, the "
-             "labelled images reshuffled and repeated as needed")
+        "labelled images reshuffled and repeated as needed",
+    )
     add("--start_epoch", default=0, type=int, help="index of the first epoch, counted from 0")
-    add("--evaluate-freq", default=1, type=int,
-        help="epochs between evaluations and log lines; checkpoint.pth comes every epoch")
+    add(
+        "--evaluate-freq",
+        default=1,
+        type=int,
+        help="epochs between evaluations and log lines; checkpoint.pth comes every epoch",
+    )
     add("--eval", action="store_true", help="evaluate top-1 and top-5 on the validation set and stop")
     add("--seed", default=0, type=int, help="seed of initial weights, order and augmentation")
 
 
 def _network_flags(parser):
     add = _group(parser, "network")
-    add("--model", default="deit_base_patch16_224", type=str, metavar="MODEL",
-        help="name of the network to train")
+    add("--model", default="deit_base_patch16_224", type=str, metavar="MODEL", help="name of the network to train")
     add("--input-size", default=224, type=int, help="side of the square input in pixels")
     add("--drop", type=float, default=0.0, metavar="PCT", help="dropout probability, 0 to 1")
-    add("--drop-path", type=float, default=0.1, metavar="PCT",
+    add(
+        "--drop-path",
+        type=float,
+        default=0.1,
+        metavar="PCT",
         help="stochastic depth probability of the last transformer block, 0 to 1; it grows linearly from 0 "
-             "at the first")
-    add("--drop-block", type=float, default=None, metavar="PCT", help="DropBlock probability, 0 to 1, of the "
-        "networks that have it; None: off")
-    add("--remove-fcu", action="store_true",
-        help="cut the exchange between the CNN and the transformer stream")
+        "at the first",
+    )
+    add(
+        "--drop-block",
+        type=float,
+        default=None,
+        metavar="PCT",
+        help="DropBlock probability, 0 to 1, of the networks that have it; None: off",
+    )
+    add("--remove-fcu", action="store_true", help="cut the exchange between the CNN and the transformer stream")
 
 
 def _data_flags(parser):
     add = _group(parser, "data")
-    add("--data-path", default="/datasets01_101/imagenet_full_size/061417/", type=str,
+    add(
+        "--data-path",
+        default="/datasets01_101/imagenet_full_size/061417/",
+        type=str,
         help="root folder of the data set; of your own images, train/ and val/ with a folder a class in each, or "
-             "train.csv and val.csv of rows path,label")
-    add("--data-set", default="IMNET", type=str,
-        choices=["FASHION", "CIFAR100", "CIFAR10", "IMNET", "SEMI-IMNET", "INAT", "INAT19", "SEMI-INAT",
-                 "SEMI-PLACES205", "5PER-SEMI-PLACES205", "1PER-SEMI-PLACES205"],
-        help="data set; IMNET, INAT and INAT19 are labelled throughout and train supervised only")
-    add("--inat-category", default="name", type=str,
+        "train.csv and val.csv of rows path,label",
+    )
+    add(
+        "--data-set",
+        default="IMNET",
+        type=str,
+        choices=list(DATA_SETS),
+        help="data set; IMNET, INAT and INAT19 are labelled throughout and train supervised only",
+    )
+    add(
+        "--inat-category",
+        default="name",
+        type=str,
         choices=["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"],
-        help="level of the taxonomy that makes the classes of INAT and INAT19")
-    add("--data-split-file", default=NONE, type=str,
+        help="level of the taxonomy that makes the classes of INAT and INAT19",
+    )
+    add(
+        "--data-split-file",
+        default=NOT_GIVEN,
+        type=str,
         help="file that names the labelled images of SEMI-IMNET, or their numbers in FASHION's train file, one a "
-             "line; None: all images are labelled")
-    add("--split-folder", default=NONE, type=str, help="folder of the lists of labelled, unlabelled and "
-        "validation images of Places205")
-    add("--select-ratio", default=1.0, type=float,
+        "line; None: all images are labelled",
+    )
+    add(
+        "--split-folder",
+        default=NOT_GIVEN,
+        type=str,
+        help="folder of the lists of labelled, unlabelled and validation images of Places205",
+    )
+    add(
+        "--select-ratio",
+        default=1.0,
+        type=float,
         help="share of the training images of SEMI-IMNET, CIFAR and FASHION that are labelled, above 0 and at most "
-             "1; below 1 it overrides the --data-split-file of SEMI-IMNET")
-    add("--unlabelled-path", default="", type=str, metavar="FOLDER_OR_CSV",
+        "1; below 1 it overrides the --data-split-file of SEMI-IMNET",
+    )
+    add(
+        "--unlabelled-path",
+        default="",
+        type=str,
+        metavar="FOLDER_OR_CSV",
         help="images without classes, all below a folder or listed in a CSV file with paths relative to it: "
-             "they are then the unlabelled set, instead of train/; empty: off")
-    add("--max-bad-images", default=0.001, type=float, metavar="N",
+        "they are then the unlabelled set, instead of train/; empty: off",
+    )
+    add(
+        "--max-bad-images",
+        default=0.001,
+        type=float,
+        metavar="N",
         help="unreadable training images that others stand in for, at most: below 1 a share of the labelled and of "
-             "the unlabelled list each, else a number of images; 0: none")
-    add("--data-backend", default="pil", choices=["pil", "fast"],
+        "the unlabelled list each, else a number of images; 0: none",
+    )
+    add(
+        "--data-backend",
+        default="pil",
+        choices=["pil", "fast"],
         help="pil: the published pixels; fast, of image files only: libjpeg-turbo, resizing on bytes (some levels of "
-             "256 off), normalising and random erasing on the device")
-    add("--unlabelDataset_exclude_labeledData", action="store_true",
-        help="leave the labelled images out of the unlabelled set")
+        "256 off), normalising and random erasing on the device",
+    )
+    add(
+        "--unlabelDataset_exclude_labeledData",
+        action="store_true",
+        help="leave the labelled images out of the unlabelled set",
+    )
 
 
 def _semi_flags(parser):
     add = _group(parser, "semi-supervised objective")
     add("--supervise-only", action="store_true", help="train on the labelled images alone")
-    add("--semi-start-epoch", default=0, type=int,
-        help="first epoch, counted from 0, with unlabelled images; before it a batch is all labelled")
-    add("--mu", default=0.166666667, type=float, help="labelled / (labelled + unlabelled) images of a batch, "
-        "above 0 and below 1")
-    add("--pseudo-type", default="cnn", type=str, choices=["cnn", "transformer", "fuse", "softmax_fuse",
-        "Vote_equal", "Vote_cnnBias", "Vote_larger", "Vote_larger2", "Vote_equal2", "weight_v1", "weight_v2",
-        "weight_v3", "weight_v4", "weight_v5", "weight_v6"],
-        help="policy that makes the pseudo label and its weight from both streams' logits of the weak view")
-    add("--temperature", default=1.0, type=float,
-        help="divisor of the weak logits before the softmax that makes the pseudo label")
-    add("--threshold", default=0.7, type=float,
-        help="lowest probability, 0 to 1, at which a pseudo label counts")
-    add("--semi-lambda", default=10.0, type=float,
-        help="weight of the unlabelled loss; the labelled loss has 1")
+    add(
+        "--semi-start-epoch",
+        default=0,
+        type=int,
+        help="first epoch, counted from 0, with unlabelled images; before it a batch is all labelled",
+    )
+    add(
+        "--mu",
+        default=0.166666667,
+        type=float,
+        help="labelled / (labelled + unlabelled) images of a batch, above 0 and below 1",
+    )
+    add(
+        "--pseudo-type",
+        default="cnn",
+        type=str,
+        choices=list(POLICIES),
+        help="policy that makes the pseudo label and its weight from both streams' logits of the weak view",
+    )
+    add(
+        "--temperature",
+        default=1.0,
+        type=float,
+        help="divisor of the weak logits before the softmax that makes the pseudo label",
+    )
+    add("--threshold", default=0.7, type=float, help="lowest probability, 0 to 1, at which a pseudo label counts")
+    add("--semi-lambda", default=10.0, type=float, help="weight of the unlabelled loss; the labelled loss has 1")
     add("--unlabel-smooth", action="store_true", help="smooth the pseudo labels too, by --smoothing")
     add("--mask-cnn-ratio", default=1.0, type=float, help="weight of the CNN stream in the labelled loss")
-    add("--mask-transformer-ratio", default=1.0, type=float, help="weight of the transformer stream in the "
-        "labelled loss")
+    add(
+        "--mask-transformer-ratio",
+        default=1.0,
+        type=float,
+        help="weight of the transformer stream in the labelled loss",
+    )
     add("--mask-cnn-ratio-u", default=1.0, type=float, help="weight of the CNN stream in the unlabelled loss")
-    add("--mask-transformer-ratio-u", default=1.0, type=float, help="weight of the transformer stream in the "
-        "unlabelled loss")
+    add(
+        "--mask-transformer-ratio-u",
+        default=1.0,
+        type=float,
+        help="weight of the transformer stream in the unlabelled loss",
+    )
 
 
 def _consistency_flags(parser):
     add = _group(parser, "feature consistency of the weak and the strong view")
-    add("--dual-consistency", action="store_true",
-        help="add the consistency loss, summed over streams and anchors")
-    add("--consistency-start-epoch", default=-1, type=int,
-        help="first epoch, counted from 0, with the consistency loss, never before --semi-start-epoch; -1: "
-             "with it")
-    add("--consistency-type", default="triplet", choices=["triplet", "infonce"],
-        help="which consistency loss")
+    add("--dual-consistency", action="store_true", help="add the consistency loss, summed over streams and anchors")
+    add(
+        "--consistency-start-epoch",
+        default=-1,
+        type=int,
+        help="first epoch, counted from 0, with the consistency loss, never before --semi-start-epoch; -1: with it",
+    )
+    add("--consistency-type", default="triplet", choices=["triplet", "infonce"], help="which consistency loss")
     add("--consistency-lambda", default=0.5, type=float, help="weight of the consistency loss")
-    add("--infonce-T", default=1.0, type=float,
-        help="temperature: divisor of the cosines in the InfoNCE loss")
+    add("--infonce-T", default=1.0, type=float, help="temperature: divisor of the cosines in the InfoNCE loss")
     add("--margin", default=0.5, type=float, help="margin of the triplet loss, in units of --dis-type")
-    add("--dis-type", default="cos", choices=["cos", "l2"],
-        help="cosine similarity or Euclidean distance in the triplet loss")
-    add("--anchor-type", default="weak", choices=["weak", "strong", "both"],
-        help="view that anchors the loss")
+    add(
+        "--dis-type",
+        default="cos",
+        choices=["cos", "l2"],
+        help="cosine similarity or Euclidean distance in the triplet loss",
+    )
+    add("--anchor-type", default="weak", choices=["weak", "strong", "both"], help="view that anchors the loss")
 
 
 def _augmentation_flags(parser):
     add = _group(parser, "augmentation and label smoothing")
-    add("--color-jitter", type=float, default=0.4, metavar="PCT",
-        help="strength of the colour jitter, a factor of 1 +- PCT; only without --aa")
-    add("--aa", type=str, default="rand-m9-mstd0.5-inc1", metavar="NAME",
-        help="AutoAugment or RandAugment policy in timm's notation; an empty string: none")
+    add(
+        "--color-jitter",
+        type=float,
+        default=0.4,
+        metavar="PCT",
+        help="strength of the colour jitter, a factor of 1 +- PCT; only without --aa",
+    )
+    add(
+        "--aa",
+        type=str,
+        default="rand-m9-mstd0.5-inc1",
+        metavar="NAME",
+        help="AutoAugment or RandAugment policy in timm's notation; an empty string: none",
+    )
     add("--smoothing", type=float, default=0.1, help="label smoothing of the labelled loss, 0 to 1")
-    add("--train-interpolation", type=str, default="bicubic",
-        help="resampling of the labelled and strong views' crop: random, bilinear or bicubic")
-    add("--repeated-aug", action="store_true", default=True,
-        help="repeated augmentation: each labelled image three times in a row, dealt over the processes")
-    add("--no-repeated-aug", action="store_false", dest="repeated_aug",
-        help="each labelled image once a pass; the default shown is that of --repeated-aug")
+    add(
+        "--train-interpolation",
+        type=str,
+        default="bicubic",
+        help="resampling of the labelled and strong views' crop: random, bilinear or bicubic",
+    )
+    add(
+        "--repeated-aug",
+        action="store_true",
+        default=True,
+        help="repeated augmentation: each labelled image three times in a row, dealt over the processes",
+    )
+    add(
+        "--no-repeated-aug",
+        action="store_false",
+        dest="repeated_aug",
+        help="each labelled image once a pass; the default shown is that of --repeated-aug",
+    )
     add("--reprob", type=float, default=0.25, metavar="PCT", help="probability of random erasing, 0 to 1")
-    add("--remode", type=str, default="pixel",
-        help="filling of an erased area: const (zero), rand (one normal colour) or pixel (normal noise)")
+    add(
+        "--remode",
+        type=str,
+        default="pixel",
+        help="filling of an erased area: const (zero), rand (one normal colour) or pixel (normal noise)",
+    )
     add("--recount", type=int, default=1, help="largest number of erased areas of an image")
 
 
@@ -184,12 +312,16 @@ def _mixup_flags(parser):
     add = _group(parser, "mixup and cutmix of the labelled images")
     add("--mixup", type=float, default=0.8, help="alpha of mixup's beta distribution; 0: no mixup")
     add("--cutmix", type=float, default=1.0, help="alpha of cutmix's beta distribution; 0: no cutmix")
-    add("--cutmix-minmax", type=float, nargs="+", default=None,
+    add(
+        "--cutmix-minmax",
+        type=float,
+        nargs="+",
+        default=None,
         help="smallest and largest side of the cutmix area as shares of the image's; replaces --cutmix's "
-             "alpha; None: off")
+        "alpha; None: off",
+    )
     add("--mixup-prob", type=float, default=1.0, help="probability that a batch is mixed, 0 to 1")
-    add("--mixup-switch-prob", type=float, default=0.5,
-        help="probability of cutmix where both are on, 0 to 1")
+    add("--mixup-switch-prob", type=float, default=0.5, help="probability of cutmix where both are on, 0 to 1")
     add("--mixup-mode", type=str, default="batch", help="unit that draws its own mixing: batch, pair or elem")
 
 
@@ -197,96 +329,149 @@ def _optimizer_flags(parser):
     add = _group(parser, "optimizer")
     add("--opt", default="adamw", type=str, metavar="OPTIMIZER", help="optimizer by timm's name")
     add("--opt-eps", default=1e-8, type=float, metavar="EPSILON", help="epsilon of the optimizer")
-    add("--opt-betas", default=None, type=float, nargs="+", metavar="BETA",
-        help="betas of the optimizer; None: its own")
-    add("--clip-grad", type=float, default=None, metavar="NORM",
-        help="largest L2 norm of the gradient; None: no clipping")
+    add(
+        "--opt-betas", default=None, type=float, nargs="+", metavar="BETA", help="betas of the optimizer; None: its own"
+    )
+    add(
+        "--clip-grad",
+        type=float,
+        default=None,
+        metavar="NORM",
+        help="largest L2 norm of the gradient; None: no clipping",
+    )
     add("--momentum", type=float, default=0.9, metavar="M", help="momentum of SGD and its kin")
     add("--weight-decay", type=float, default=0.05, help="weight decay; biases and 1-d parameters have none")
 
 
 def _schedule_flags(parser):
     add = _group(parser, "learning rate")
-    add("--sched", default="cosine", type=str, metavar="SCHEDULER",
-        help="schedule, stepped once an epoch: cosine, tanh, step, poly or plateau (of top-1)")
-    add("--lr", type=float, default=5e-4, metavar="LR",
-        help="peak learning rate, absolute: not scaled by the batch")
-    add("--warmup-lr", type=float, default=1e-6, metavar="LR",
-        help="learning rate at which the warm-up starts")
+    add(
+        "--sched",
+        default="cosine",
+        type=str,
+        metavar="SCHEDULER",
+        help="schedule, stepped once an epoch: cosine, tanh, step, poly or plateau (of top-1)",
+    )
+    add("--lr", type=float, default=5e-4, metavar="LR", help="peak learning rate, absolute: not scaled by the batch")
+    add("--warmup-lr", type=float, default=1e-6, metavar="LR", help="learning rate at which the warm-up starts")
     add("--min-lr", type=float, default=1e-5, metavar="LR", help="learning rate at which the schedule ends")
     add("--warmup-epochs", type=int, default=5, metavar="N", help="epochs of linear warm-up")
-    add("--cooldown-epochs", type=int, default=10, metavar="N",
-        help="epochs the plateau schedule waits after a drop before it counts again")
-    add("--patience-epochs", type=int, default=10, metavar="N",
-        help="epochs without progress before the plateau schedule drops the rate")
-    add("--decay-epochs", type=float, default=30, metavar="N",
-        help="epochs between drops of the step schedule")
+    add(
+        "--cooldown-epochs",
+        type=int,
+        default=10,
+        metavar="N",
+        help="epochs the plateau schedule waits after a drop before it counts again",
+    )
+    add(
+        "--patience-epochs",
+        type=int,
+        default=10,
+        metavar="N",
+        help="epochs without progress before the plateau schedule drops the rate",
+    )
+    add("--decay-epochs", type=float, default=30, metavar="N", help="epochs between drops of the step schedule")
     add("--decay-rate", "--dr", type=float, default=0.1, metavar="RATE", help="factor of one drop")
-    add("--lr-noise", type=float, nargs="+", default=None, metavar="SHARE",
-        help="share of --epochs from which, or two between which, noise is added to the rate; None: off")
-    add("--lr-noise-pct", type=float, default=0.67, metavar="SHARE",
-        help="largest noise as a share of the rate")
+    add(
+        "--lr-noise",
+        type=float,
+        nargs="+",
+        default=None,
+        metavar="SHARE",
+        help="share of --epochs from which, or two between which, noise is added to the rate; None: off",
+    )
+    add("--lr-noise-pct", type=float, default=0.67, metavar="SHARE", help="largest noise as a share of the rate")
     add("--lr-noise-std", type=float, default=1.0, metavar="STD", help="standard deviation of the noise")
 
 
 def _ema_flags(parser):
     add = _group(parser, "moving average of the weights (EMA)")
     add("--model-ema", action="store_true", default=True, help="keep an EMA of weights and buffers")
-    add("--no-model-ema", action="store_false", dest="model_ema",
-        help="keep none; the default shown is that of --model-ema")
-    add("--model-ema-decay", type=float, default=0.99996,
-        help="share of the old average kept in a step, 0 to 1")
+    add(
+        "--no-model-ema",
+        action="store_false",
+        dest="model_ema",
+        help="keep none; the default shown is that of --model-ema",
+    )
+    add("--model-ema-decay", type=float, default=0.99996, help="share of the old average kept in a step, 0 to 1")
     add("--model-ema-force-cpu", action="store_true", help="keep the average in main memory")
 
 
 def _checkpoint_flags(parser):
     add = _group(parser, "files: output, resume and initial weights")
     add("--output_dir", default="", help="folder of checkpoints and log.txt; empty: nothing is saved")
-    add("--tensorboard", action="store_true",
-        help="write the curves of the run to OUTPUT_DIR/tensorboard; needs the package tensorboard")
-    add("--resume", default="",
+    add(
+        "--tensorboard",
+        action="store_true",
+        help="write the curves of the run to OUTPUT_DIR/tensorboard; needs the package tensorboard",
+    )
+    add(
+        "--resume",
+        default="",
         help="checkpoint to go on from, a path or an https URL; auto: the newest complete one of --output_dir, if "
-             "there is one; empty: a fresh start")
-    add("--finetune", default="",
+        "there is one; empty: a fresh start",
+    )
+    add(
+        "--finetune",
+        default="",
         help="checkpoint whose weights to start from, a path or an https URL; a head of another shape is left "
-             "out, a position embedding resized; empty: none")
-    for name, what in (("dino", "the transformer stream's weights from a bare ViT state dict"),
-                       ("semiformer", "everything but the heads from a checkpoint of the same network"),
-                       ("resnet", "everything but the last layer from a ResNet checkpoint"),
-                       ("warmup-model", "all weights, and no other state, from a checkpoint")):
+        "out, a position embedding resized; empty: none",
+    )
+    for name, what in (
+        ("dino", "the transformer stream's weights from a bare ViT state dict"),
+        ("semiformer", "everything but the heads from a checkpoint of the same network"),
+        ("resnet", "everything but the last layer from a ResNet checkpoint"),
+        ("warmup-model", "all weights, and no other state, from a checkpoint"),
+    ):
         add(f"--{name}-load", action="store_true", help=f"load {what}, named by --{name}-load-file")
-        add(f"--{name}-load-file", default=NONE, type=str, help=f"path that --{name}-load reads")
+        add(f"--{name}-load-file", default=NOT_GIVEN, type=str, help=f"path that --{name}-load reads")
 
 
 def _hardware_flags(parser):
     add = _group(parser, "device, precision and loading")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device to train on; cuda where there is a GPU, else cpu")
-    add("--amp", default=None, choices=["auto", "off", "fp16", "bf16"],
+    add(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device to train on; cuda where there is a GPU, else cpu",
+    )
+    add(
+        "--amp",
+        default=None,
+        choices=["auto", "off", "fp16", "bf16"],
         help="mixed precision: auto = bf16 where the GPU has it, else fp16 with a gradient scaler, off on a "
-             "CPU; None: auto")
-    add("--compile", action="store_true",
-        help="compile the network with torch.compile: minutes at the start, faster steps, other rounding")
-    add("--grad-checkpointing", action="store_true",
-        help="compute activations again in backward instead of keeping them: less memory, slower steps")
+        "CPU; None: auto",
+    )
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the network with torch.compile: minutes at the start, faster steps, other rounding",
+    )
+    add(
+        "--grad-checkpointing",
+        action="store_true",
+        help="compute activations again in backward instead of keeping them: less memory, slower steps",
+    )
     add("--use-native-amp", action="store_true", help="the published name of --amp auto")
     add("--no-amp", action="store_true", help="the published name of --amp off")
-    add("--num_workers", default=10, type=int,
-        help="worker processes of a data loader; 0: load in the training process")
-    add("--pin-mem", action="store_true", default=True,
-        help="pin batches in host memory, for faster copies to the GPU")
-    add("--no-pin-mem", action="store_false", dest="pin_mem", help="do not pin; the default shown is that of "
-        "--pin-mem")
+    add(
+        "--num_workers", default=10, type=int, help="worker processes of a data loader; 0: load in the training process"
+    )
+    add("--pin-mem", action="store_true", default=True, help="pin batches in host memory, for faster copies to the GPU")
+    add("--no-pin-mem", action="store_false", dest="pin_mem", help="do not pin; the default shown is that of --pin-mem")
 
 
 def _distributed_flags(parser):
     add = _group(parser, "process group")
-    add("--world_size", default=1, type=int,
-        help="number of processes, one a GPU; torchrun and Slurm set their own")
+    add("--world_size", default=1, type=int, help="number of processes, one a GPU; torchrun and Slurm set their own")
     add("--dist_url", default="env://", help="address at which the processes meet")
-    add("--use_submitit", default=False, type=boolean, metavar="{true,false}",
+    add(
+        "--use_submitit",
+        default=False,
+        type=boolean,
+        metavar="{true,false}",
         help="processes are started by submitit: take rank and world size from Slurm's environment and "
-             "refuse to start without it")
+        "refuse to start without it",
+    )
 
 
 def _no_effect_flags(parser):
@@ -297,7 +482,7 @@ def _no_effect_flags(parser):
 
 
 def requested_amp(args):
-    """'auto', 'off', 'fp16' or 'bf16', from the three flags that can say it."""
+    """The precision that the flags ask for: 'auto', 'off', 'fp16' or 'bf16'. ValueError where they disagree."""
     asked = [("--use-native-amp", "auto")] if args.use_native_amp else []
     asked += [("--no-amp", "off")] if args.no_amp else []
     asked += [(f"--amp {args.amp}", args.amp)] if args.amp is not None else []
@@ -309,7 +494,7 @@ def requested_amp(args):
 
 def semi_supervised(args):
     """Whether any epoch may use unlabelled images."""
-    return not args.supervise_only and args.data_set not in SUPERVISED_DATA_SETS
+    return not args.supervise_only and not DATA_SETS[args.data_set].supervised_only
 
 
 def labelled_and_unlabelled(args):
@@ -321,19 +506,42 @@ def labelled_and_unlabelled(args):
 _SCHEDULES = ("cosine", "tanh", "step", "poly", "plateau")
 _LIMITS = {
     "must be at least 1": (
-        lambda x: x >= 1, ("--epochs", "--batch-size", "--evaluate-freq", "--input-size", "--recount", "--accum-iter")),
+        lambda x: x >= 1,
+        ("--epochs", "--batch-size", "--evaluate-freq", "--input-size", "--recount", "--accum-iter"),
+    ),
     "must be 0 or more": (
         lambda x: x >= 0,
-        ("--steps-per-epoch", "--start_epoch", "--warmup-epochs", "--num_workers", "--semi-lambda",
-         "--consistency-lambda", "--mask-cnn-ratio", "--mask-transformer-ratio", "--mask-cnn-ratio-u",
-         "--mask-transformer-ratio-u", "--color-jitter", "--mixup", "--cutmix", "--lr", "--min-lr", "--warmup-lr",
-         "--weight-decay", "--momentum")),
+        (
+            "--steps-per-epoch",
+            "--start_epoch",
+            "--warmup-epochs",
+            "--num_workers",
+            "--semi-lambda",
+            "--consistency-lambda",
+            "--mask-cnn-ratio",
+            "--mask-transformer-ratio",
+            "--mask-cnn-ratio-u",
+            "--mask-transformer-ratio-u",
+            "--color-jitter",
+            "--mixup",
+            "--cutmix",
+            "--lr",
+            "--min-lr",
+            "--warmup-lr",
+            "--weight-decay",
+            "--momentum",
+        ),
+    ),
     "must be above 0": (lambda x: x is None or x > 0, ("--temperature", "--infonce-T", "--clip-grad")),
     "must be from 0 to 1": (
-        lambda x: 0 <= x <= 1, ("--threshold", "--reprob", "--mixup-prob", "--mixup-switch-prob", "--model-ema-decay")),
+        lambda x: 0 <= x <= 1,
+        ("--threshold", "--reprob", "--mixup-prob", "--mixup-switch-prob", "--model-ema-decay"),
+    ),
     "must be 0 or more and below 1": (lambda x: 0 <= x < 1, ("--smoothing", "--drop", "--drop-path")),
     "must be a share from 0 to below 1 or a whole number": (
-        lambda x: 0 <= x < 1 or x >= 1 and x.is_integer(), ("--max-bad-images",)),
+        lambda x: 0 <= x < 1 or x >= 1 and x.is_integer(),
+        ("--max-bad-images",),
+    ),
     "must be above 0 and at most 1": (lambda x: 0 < x <= 1, ("--select-ratio",)),
     f"must be one of {', '.join(_SCHEDULES)}": (lambda x: x in _SCHEDULES, ("--sched",)),
     "must be batch, pair or elem": (lambda x: x in ("batch", "pair", "elem"), ("--mixup-mode",)),
@@ -343,7 +551,7 @@ _LIMITS = {
 
 
 def check(args):
-    """Refuse flags that are wrong by themselves: a ValueError with one sentence that names them."""
+    """Raise ValueError, one sentence that names the flags, where they are wrong whatever the data."""
     for rule, (holds, flags) in _LIMITS.items():
         for flag in flags:
             value = _value(args, flag)
@@ -369,8 +577,10 @@ def _check_shares(args):
     if labelled == 0:
         raise ValueError(f"--mu {args.mu} leaves no labelled image {batch}: raise --mu or --batch-size")
     if unlabelled == 0:
-        raise ValueError(f"--mu {args.mu} leaves no unlabelled image {batch}: lower --mu, or pass "
-                         "--supervise-only to train without them")
+        raise ValueError(
+            f"--mu {args.mu} leaves no unlabelled image {batch}: lower --mu, or pass "
+            "--supervise-only to train without them"
+        )
 
 
 def _check_mixup(args):
@@ -380,11 +590,11 @@ def _check_mixup(args):
     remedy = "change them or pass --mixup 0 --cutmix 0"
     labelled, _ = labelled_and_unlabelled(args)
     if semi_supervised(args) and labelled % 2:
-        raise ValueError(f"{rule}: --batch-size {args.batch_size} with --mu {args.mu} gives {labelled}; "
-                         f"{remedy}")
+        raise ValueError(f"{rule}: --batch-size {args.batch_size} with --mu {args.mu} gives {labelled}; {remedy}")
     if (args.semi_start_epoch > 0 or not semi_supervised(args)) and args.batch_size % 2:
-        raise ValueError(f"{rule}: --batch-size {args.batch_size} is odd and all of it is labelled in the "
-                         f"supervised phase; {remedy}")
+        raise ValueError(
+            f"{rule}: --batch-size {args.batch_size} is odd and all of it is labelled in the supervised phase; {remedy}"
+        )
 
 
 def _value(args, flag):

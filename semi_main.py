@@ -1,4 +1,4 @@
-"""Train or evaluate Semiformer: builds everything from the flags, then the epoch loop.
+"""Train or evaluate Semiformer: builds everything from the flags and runs the epoch loop.
 
     torchrun --nproc_per_node=8 semi_main.py --data-set SEMI-IMNET --data-path IMAGENET --data-split-file LIST ...
 
@@ -23,7 +23,7 @@ import options
 import utils
 from datasets import build_training_sets, build_validation_set
 from engine import evaluate, train_one_epoch
-from images.loading import count_unreadable, evaluation_loader, to_device, training_loader, watched
+from images.loading import evaluation_loader, read_batches, to_device, training_loader
 from losses import Recipe
 from models import build_model, enable_grad_checkpointing, fold_batchnorm
 from options import get_args_parser
@@ -54,65 +54,72 @@ def _network(args, num_classes, device):
     model = build_model(
         args.model, num_classes, args.input_size, args.drop, args.drop_path, args.drop_block, args.remove_fcu
     )
-    return model.to(device, memory_format=torch.channels_last)  # faster convolutions, CPU and GPU
+    return model.to(device, memory_format=torch.channels_last)  # faster convolutions on CPU and GPU
+
+
+def _average(args, model):
+    """The EMA of the network's weights and buffers, which begins as a copy of them; None without --model-ema."""
+    device = "cpu" if args.model_ema_force_cpu else None
+    return ModelEmaV3(model, decay=args.model_ema_decay, device=device) if args.model_ema else None
 
 
 def _distributed(model, device):
-    """The network as it trains: DDP-wrapped where there are several processes."""
+    """The network as it trains: wrapped in DDP where there are several processes."""
     if not dist.is_initialized():
         return model
     unused = model.unused_parameters() if hasattr(model, "unused_parameters") else []
-    # DDP would wait for their gradients, which never come.
+    # DDP would wait for gradients that never come.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, unused)
-    # BatchNorm's batch statistics are per process; DDP's default starts every forward from rank 0's running ones.
+    # DDP broadcasts rank 0's running statistics before every forward pass, as in the published code.
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 
-def _evaluate(args, model, views, device, autocast, tally=None):
+def _evaluate(args, model, images, device, autocast, tally=None):
     world, rank = utils.world_and_rank()
     loader = evaluation_loader(
-        views,
+        images,
         int(3 * args.batch_size),
         world=world,
         rank=rank,
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and device.type == "cuda",
     )
-    batches = to_device(watched(loader), device, views.finish)
+    batches = to_device(read_batches(loader), device, images.finish)
     if tally is None:
         return evaluate(fold_batchnorm(model), batches, autocast=autocast)
     return evaluate(fold_batchnorm(model), tally.clocked(batches), autocast=autocast, observe=tally.add)
 
 
 def _summary(name, meters):
-    figures = {
+    """One line about an evaluation."""
+    labels = {
         "": "acc1",
         "CNN": "acc1_head1",
         "transformer": "acc1_head2",
         "softmax mean": "acc1_softmax",
         "top-5": "acc5",
     }
-    words = [f"{label} {meters[key]:.3f}".strip() for label, key in figures.items() if key in meters]
-    return f"* {name} top-1 {', '.join(words)}, loss {meters['loss']:.4f}, {meters['images']} images"
+    figures = [f"{label} {meters[key]:.3f}".strip() for label, key in labels.items() if key in meters]
+    return f"* {name} top-1 {', '.join(figures)}, loss {meters['loss']:.4f}, {meters['images']} images"
 
 
 def evaluate_checkpoint(args, device):
-    """`--eval`: the raw and the averaged weights of `--resume` on `val/`; writes OUTPUT/eval.json and the reports."""
+    """`--eval`: evaluate the raw and the averaged weights of `--resume`; writes eval.json and the reports."""
     resume = output_folder.resume_file(args.resume, args.output_dir)
     if not resume:
         raise ValueError("--eval needs --resume CHECKPOINT, the file to evaluate.")
-    views = build_validation_set(args)
-    classes = views.samples.classes
+    images = build_validation_set(args)
+    classes = images.samples.classes
     model = _network(args, len(classes), device)
     autocast, _, precision = mixed_precision(options.requested_amp(args), device)
     content = checkpoint.read(resume)
     checkpoint.load_weights(model, checkpoint.weights_in(content, resume), resume)
-    if differing := checkpoint.class_mismatch(checkpoint.classes_in(content), classes):
-        print_main(f"Warning: {resume} is of other classes than the validation images, {differing}: check --data-path.")
+    if mismatch := checkpoint.class_mismatch(checkpoint.classes_in(content), classes):
+        print_main(f"Warning: {resume} is of other classes than the validation images, {mismatch}: check --data-path.")
 
     def measured(name, prefix):
         tally = report.Tally(len(classes), device)
-        meters = _evaluate(args, model, views, device, autocast, tally)
+        meters = _evaluate(args, model, images, device, autocast, tally)
         meters |= tally.over_ranks()
         print_main(_summary(name, meters) + ", " + report.summary(meters))
         if args.output_dir:
@@ -131,7 +138,7 @@ def evaluate_checkpoint(args, device):
 
 
 class Run:
-    """One training run: what the flags build, its plan, and its files."""
+    """One training run: the objects that the flags describe, its plan, and its files."""
 
     def __init__(self, args, device):
         self.args, self.device, self.output = args, device, output_folder.Output(args.output_dir)
@@ -147,37 +154,40 @@ class Run:
             enable_grad_checkpointing(model)
         self.n_parameters = sum(p.numel() for p in model.parameters())
         optimizer = build_optimizer(args, model)
-        self.state = TrainState(model, optimizer, build_scheduler(args, optimizer), scaler, classes=classes)
-        # Both orders exist before the first step, so that a set too small is found now and not in epoch 30.
+        bad_images = {name: images.bad_images for name, images in self._training_sets().items()}
+        scheduler = build_scheduler(args, optimizer)
+        self.state = TrainState(
+            model, optimizer, scheduler, scaler, _average(args, model), classes=classes, bad_images=bad_images
+        )
+        # Both orders are built before the first step, so that a set that is too small is found now and not in epoch 30.
         self.labelled_order, self.unlabelled_order = (
-            views and training_order(len(views), self.world, self.rank, args.seed, args.repeated_aug)
-            for views in (self.labelled, self.unlabelled)
+            images and training_order(len(images), self.world, self.rank, args.seed, args.repeated_aug)
+            for images in (self.labelled, self.unlabelled)
         )
         self.phases = {semi: self._phase(semi) for semi in {self.is_semi(0), self.is_semi(args.epochs - 1)}}
-        self.curves = None
+        self.tensorboard = None
         self._load()
-        if args.model_ema:
-            self.state.ema = self.state.ema or self._average()
         if args.compile:
-            model.compile()  # Its copies, the average and the one that is evaluated, are not.
+            model.compile()  # in place, after the EMA was copied: the EMA and evaluation copies stay uncompiled
 
-    def _average(self):
-        device = "cpu" if self.args.model_ema_force_cpu else None
-        return ModelEmaV3(self.state.model, decay=self.args.model_ema_decay, device=device)
+    def _training_sets(self):
+        sets = {"labelled": self.labelled, "unlabelled": self.unlabelled}
+        return {name: images for name, images in sets.items() if images is not None}
 
     def _load(self):
-        # Where a run begins; the first that applies wins, and nothing after it is read:
+        # Where a run begins. The first of these that applies wins, and nothing after it is read:
         # 1. --resume auto: the newest complete checkpoint of --output_dir, where it holds one;
-        # 2. --resume FILE or URL: that checkpoint; weights alone if that is all it has;
-        # 3. --finetune, then the --*-load starts in the order of starts.LOADS: weights alone, at --start_epoch;
+        # 2. --resume FILE or URL: that checkpoint, or only its weights if it has no more;
+        # 3. --finetune, then the --*-load flags as ordered in initial_weights.LOADERS: weights alone, at --start_epoch;
         # 4. from scratch: weights drawn from --seed, at --start_epoch.
         args, state = self.args, self.state
         self.resumed = output_folder.resume_file(args.resume, args.output_dir)
         if self.resumed:
-            state.ema = self._average() if args.model_ema else None
             state.from_dict(checkpoint.read(self.resumed), self.resumed)
         else:
             load_initial_weights(args, state.model)
+            if state.ema is not None:
+                state.ema.set(state.model)
         if args.start_epoch and state.epoch < 0:
             state.epoch = args.start_epoch - 1
             state.scheduler.step(state.epoch)
@@ -187,7 +197,7 @@ class Run:
         return self.unlabelled is not None and self.recipe.is_semi(epoch)
 
     def _phase(self, semi):
-        """(labelled batch, unlabelled batch, steps) of an epoch. ValueError where there is no full batch."""
+        """(labelled images, unlabelled images, steps) of an epoch's batches; ValueError where one cannot be filled."""
         args = self.args
         sizes = options.labelled_and_unlabelled(args) if semi else (args.batch_size, 0)
         if args.steps_per_epoch:
@@ -201,11 +211,11 @@ class Run:
         return *sizes, len(self.labelled_order) // sizes[0]
 
     def first_step(self, epoch):
-        """The number of the epoch's first step, counted from 0 over all epochs of the flags' plan."""
+        """The number of the epoch's first step, counted from 0 over all epochs."""
         return sum(self.phases[self.is_semi(before)][2] for before in range(epoch))
 
-    def describe(self):
-        """Say what will happen, and keep it in OUTPUT/run.json before the first step."""
+    def print_plan(self):
+        """Print what the run will do, and write it to OUTPUT_DIR/run.json before the first step."""
         args, rates = self.args, learning_rates(self.args)
         classes, sizes = len(self.labelled.samples.classes), (self.labelled, self.unlabelled or (), self.validation)
         print_main(f"{args.model}: {self.n_parameters:,} parameters, {classes} classes, amp {self.precision}")
@@ -223,7 +233,7 @@ class Run:
         print_main("learning rate: " + ", ".join(f"{rates[e]:.3g} in epoch {e}" for e in shown))
         if not args.output_dir:
             print_main("No --output_dir: nothing of this run is saved.")
-        self.output.describe(
+        self.output.write_run_json(
             lambda: {
                 "args": vars(args),
                 "environment": utils.environment(),
@@ -236,14 +246,14 @@ class Run:
         )
 
     def train_epoch(self, epoch):
-        """One epoch of training; returns its meters."""
+        """Train for one epoch; returns its meters."""
         args, semi = self.args, self.is_semi(epoch)
         labelled_batch, unlabelled_batch, steps = self.phases[semi]
         utils.seed_everything(args.seed, epoch, self.rank)
 
-        def batches(views, order, size, stream):
+        def batches(images, order, size, stream):
             loader = training_loader(
-                views,
+                images,
                 order,
                 size,
                 steps,
@@ -254,12 +264,12 @@ class Run:
                 stream=stream,
                 pin_memory=args.pin_mem and self.device.type == "cuda",
             )
-            return to_device(watched(loader), self.device, views.finish, (args.seed, epoch, self.rank, stream))
+            return to_device(read_batches(loader), self.device, images.finish, (args.seed, epoch, self.rank, stream))
 
-        return train_one_epoch(
+        meters = train_one_epoch(
             self.state,
-            # Wrapped anew for every epoch, as after a resume: DDP regroups the gradients after its first step, and the
-            # groups decide in which order more than two ranks' are summed, which is to say the last bits.
+            # Wrapped anew in every epoch, as it is after a resume: DDP regroups the gradients after its first step, and
+            # the groups decide in which order those of more than two ranks are summed, which changes the rounding.
             _distributed(self.state.model, self.device),
             self.state.model,
             batches(self.labelled, self.labelled_order, labelled_batch, 0),
@@ -271,90 +281,104 @@ class Run:
             mixup=self.mixup,
             clip_grad=args.clip_grad,
             accum_iter=args.accum_iter,
-            report=self.curves and self.curves.reporter(self.first_step(epoch)),
+            write=self.tensorboard and self.tensorboard.writer(self.first_step(epoch)),
         )
+        unreadable = sum(images.bad_images.end_epoch() for images in self._training_sets().values())
+        if unreadable:
+            print_main(f"Unreadable images in this epoch: {unreadable}.")
+        self.state.epoch = epoch
+        # Every rank gets rank 0's running statistics, so that the logged figures are those of the checkpoint.
+        utils.broadcast_buffers(self.state.model, *([self.state.ema.module] if self.state.ema is not None else []))
+        return meters | {"bad_images": unreadable}
 
-    def evaluate(self):
-        """Meters of the raw weights, and of the averaged ones under `ema_<meter>`."""
-        meters = _evaluate(self.args, self.state.model, self.validation, self.device, self.autocast)
+    def is_measured(self, epoch):
+        """Whether the epoch ends with an evaluation and a line in log.txt."""
+        return epoch % self.args.evaluate_freq == 0 or epoch == self.args.epochs - 1
+
+    def evaluate(self, epoch):
+        """Evaluate the raw weights and, under the meters `ema_<meter>`, the averaged ones; updates the best epoch.
+
+        Raises FloatingPointError where the loss is not finite.
+        """
+        args, state = self.args, self.state
+        meters = _evaluate(args, state.model, self.validation, self.device, self.autocast)
         print_main(_summary("raw", meters))
-        if self.state.ema is not None:
-            on_cpu = self.args.model_ema_force_cpu and self.device.type == "cuda"
-            average = deepcopy(self.state.ema.module).to(self.device) if on_cpu else self.state.ema.module
-            averaged = _evaluate(self.args, average, self.validation, self.device, self.autocast)
+        if state.ema is not None:
+            on_cpu = args.model_ema_force_cpu and self.device.type == "cuda"
+            average = deepcopy(state.ema.module).to(self.device) if on_cpu else state.ema.module
+            averaged = _evaluate(args, average, self.validation, self.device, self.autocast)
             print_main(_summary("EMA", averaged))
             meters |= {f"ema_{name}": value for name, value in averaged.items() if name != "images"}
         meters.pop("images")
+        if not math.isfinite(meters["loss"]):
+            raise FloatingPointError(
+                f"After epoch {epoch} the loss on the validation images is {meters['loss']}: the weights are "
+                "broken, and not saved; lower --lr, set --clip-grad or use --amp off."
+            )
+        if meters["acc1"] > state.best["acc1"] or state.best["epoch"] < 0:
+            state.best = {"acc1": meters["acc1"], "epoch": epoch}
         return meters
 
-    def save(self, record=None, keep_previous=True):
-        """Write the log line of a measured epoch, and the state under the names of its epoch."""
+    def step_schedule(self, epoch, test_meters):
+        """Set the learning rate of the next epoch; `test_meters` are None where this one was not evaluated."""
+        self.state.scheduler.step(epoch, metric=test_meters["acc1"] if test_meters else self.state.best["acc1"])
+
+    def log(self, epoch, train_meters, test_meters):
+        """Append the epoch's line to log.txt, and its test figures to TensorBoard."""
+        record = {f"train_{k}": v for k, v in train_meters.items()} | {f"test_{k}": v for k, v in test_meters.items()}
+        self.output.log({**record, "epoch": epoch, "n_parameters": self.n_parameters})
+        if self.tensorboard:
+            self.tensorboard.add("test", self.first_step(epoch + 1) - 1, test_meters)
+
+    def save(self, keep_previous=True):
+        """Write the state under the names of its epoch."""
         state = self.state
         names = [output_folder.FORK.format(state.epoch)] if self.is_fork(state.epoch) else []
         names += [output_folder.BEST] if state.best["epoch"] == state.epoch else []
-        # ours: every epoch, not every --evaluate-freq of them, because a preempted job repeats what follows this file.
+        # ours: in every epoch, not in every --evaluate-freq, because a preempted job repeats what follows this file.
         names.append(output_folder.LATEST)
-        self.output.save(lambda: state.to_dict(self.args), names, record, keep_previous)
+        self.output.save(lambda: state.to_dict(self.args), names, keep_previous)
 
     def is_fork(self, epoch):
-        """Whether ablations fork here: the last epoch before the semi or the consistency start."""
+        """Whether ablations fork here: the last epoch before the semi-supervised or the consistency phase."""
         recipe = self.recipe
         starts = {recipe.semi_start_epoch} if self.unlabelled is not None else set()
         if starts and recipe.dual_consistency:
             starts.add(max(recipe.semi_start_epoch, recipe.consistency_start_epoch))
         return epoch + 1 in starts
 
-    def finish_epoch(self, epoch, train_meters):
-        """Evaluation, schedule, log line and checkpoints of a trained epoch."""
-        args, state, record = self.args, self.state, None
-        train_meters = train_meters | {"bad_images": count_unreadable(self.labelled, self.unlabelled)}
-        measured = epoch % args.evaluate_freq == 0 or epoch == args.epochs - 1
-        state.epoch = epoch
-        utils.broadcast_buffers(state.model, *([state.ema.module] if state.ema is not None else []))
-        if measured:
-            meters = self.evaluate()
-            if not math.isfinite(meters["loss"]):
-                raise FloatingPointError(
-                    f"After epoch {epoch} the loss on the validation images is {meters['loss']}: the weights are "
-                    "broken, and not saved; lower --lr, set --clip-grad or use --amp off."
-                )
-            if meters["acc1"] > state.best["acc1"] or state.best["epoch"] < 0:
-                state.best = {"acc1": meters["acc1"], "epoch": epoch}
-            record = {f"train_{k}": v for k, v in train_meters.items()} | {f"test_{k}": v for k, v in meters.items()}
-            record |= {"epoch": epoch, "n_parameters": self.n_parameters}
-            if self.curves:
-                self.curves.add("test", self.first_step(epoch + 1) - 1, meters)
-        state.scheduler.step(epoch, metric=meters["acc1"] if measured else state.best["acc1"])
-        self.save(record)
-
 
 def train(args, device):
-    """Train from the flags' start to `--epochs`; returns the Run."""
+    """Train from where the flags begin to `--epochs`; returns the Run."""
     utils.seed_everything(args.seed)  # the same initial weights on every rank
     run = Run(args, device)
-    run.describe()
+    run.print_plan()
     run.output.trim(run.state.epoch)
     if args.resume == "auto" and run.resumed and Path(run.resumed).name != output_folder.LATEST:
-        # checkpoint.pth is missing or damaged: a damaged one shall not become checkpoint.prev.pth.
+        # checkpoint.pth is missing or damaged; a damaged one must not become checkpoint.prev.pth.
         run.save(keep_previous=False)
     first, start = run.state.epoch + 1, time.time()
     if first >= args.epochs:
-        print_main(
-            f"Nothing left to train: {run.resumed or 'the start'} is at epoch {first - 1} of --epochs {args.epochs}."
-        )
+        begun = run.resumed or "the start"
+        print_main(f"Nothing left to train: {begun} is at epoch {first - 1} of --epochs {args.epochs}.")
     elif args.tensorboard:
-        run.curves = tensorboard_log.Curves(Path(args.output_dir, "tensorboard"), run.first_step(first))
+        run.tensorboard = tensorboard_log.TensorBoardLog(Path(args.output_dir, "tensorboard"), run.first_step(first))
     for epoch in range(first, args.epochs):
-        run.finish_epoch(epoch, run.train_epoch(epoch))
+        train_meters = run.train_epoch(epoch)
+        test_meters = run.evaluate(epoch) if run.is_measured(epoch) else None
+        run.step_schedule(epoch, test_meters)
+        if test_meters:
+            run.log(epoch, train_meters, test_meters)
+        run.save()
     best = run.state.best
     print_main(f"Trained in {time.time() - start:.0f} s; best top-1 {best['acc1']:.3f} in epoch {best['epoch']}.")
     return run
 
 
 def main(args):
-    """Run what the flags ask for. Raises ValueError or OSError for bad input."""
+    """Do what the flags ask for. Raises ValueError or OSError for bad input."""
     options.check(args)
-    initial_weight_files(args)  # Refuses a flag without its file before any data is read.
+    initial_weight_files(args)  # refuses a flag without its file before any data is read
     if args.tensorboard and not args.eval:
         tensorboard_log.check(args.output_dir)
     device = utils.init_distributed(args.device, args.dist_url, args.world_size, args.use_submitit)

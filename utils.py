@@ -1,4 +1,7 @@
-"""Process group, seeds, meters, logs: what every room leans on. The only room that prints."""
+"""Process group, random seeds, meters, progress lines and files, for all other modules.
+
+The library prints through `print_main` and `print_rank` only.
+"""
 
 import atexit
 import hashlib
@@ -11,8 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,7 +26,7 @@ import torch.distributed as dist
 
 
 def _slurm_environment():
-    """RANK and friends from a Slurm step of several tasks; {} outside one."""
+    """The variables torchrun would set, from those of a Slurm step of several tasks; {} outside one."""
     env = os.environ
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) <= 1:
         return {}
@@ -44,15 +46,15 @@ def _slurm_environment():
 
 
 def init_distributed(device, dist_url="env://", world_size=1, from_slurm=False):
-    """Join the process group torchrun or Slurm describes; a plain process stays alone.
+    """Join the process group that torchrun or Slurm describes. A plain process joins none.
 
     Args:
-        device: 'cuda' or 'cpu'; the group is NCCL or gloo accordingly.
-        dist_url: where the processes meet.
-        world_size: number of processes the user says there are; 1 = whatever the launcher started.
-        from_slurm: insist on Slurm's environment (`--use_submitit true`).
+        device: 'cuda' or 'cpu'; the group's backend is NCCL or gloo accordingly.
+        dist_url: the address at which the processes meet.
+        world_size: the number of processes according to the flags; 1: as many as the launcher started.
+        from_slurm: require Slurm's environment (`--use_submitit true`).
     Returns this process's torch.device.
-    Raises ValueError where the environment is not what the flags say.
+    Raises ValueError where the environment contradicts the flags.
     """
     env = {} if "RANK" in os.environ else _slurm_environment()
     if from_slurm and not env and "SLURM_PROCID" not in os.environ:
@@ -78,11 +80,11 @@ def init_distributed(device, dist_url="env://", world_size=1, from_slurm=False):
 
 
 def leave_group():
-    """Leave the process group, if there is one, when all work is done.
+    """Leave the process group, if there is one, at the end of the program.
 
-    gloo's threads may still hold a tensor they hand back under the GIL: at the end of Python that aborts the process
-    ("terminate called without an active exception"), and torch 2.6 hangs when it destroys the group meanwhile. So
-    they get the GIL first.
+    A gloo thread may still be waiting for the GIL to release a tensor. If Python exits meanwhile, the process aborts
+    ("terminate called without an active exception"); if the group is destroyed meanwhile, torch 2.6 hangs. The pause
+    lets these threads finish.
     """
     if dist.is_initialized():
         time.sleep(0.2)
@@ -100,7 +102,7 @@ def is_main():
 
 
 def gather(thing):
-    """A small picklable thing of every rank, as a list in rank order."""
+    """Collect a small picklable object from every rank; returns a list in rank order on all of them."""
     if not dist.is_initialized():
         return [thing]
     things = [None] * dist.get_world_size()
@@ -109,9 +111,9 @@ def gather(thing):
 
 
 def on_main(function, *args):
-    """What the function returns on the main process, on every rank; every rank must call it.
+    """Call the function on the main process and return its result on every rank. Every rank must call this.
 
-    Where it raises OSError, ValueError or RuntimeError there, every rank raises that error.
+    Where the function raises OSError, ValueError or RuntimeError, every rank raises that error.
     """
     outcome = [None]
     if is_main():
@@ -127,7 +129,7 @@ def on_main(function, *args):
 
 
 def sum_over_ranks(tensor):
-    """Sum a tensor, on the process group's device, over the ranks in place; every rank must call it."""
+    """Sum a tensor over the ranks, in place, on the process group's device. Every rank must call it."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
 
@@ -137,7 +139,7 @@ def broadcast_buffers(*models):
     if dist.is_initialized():
         for model in models:
             for buffer in model.buffers():
-                # NCCL moves GPU tensors only, and --model-ema-force-cpu keeps the average on the CPU.
+                # NCCL transfers GPU tensors only, and --model-ema-force-cpu keeps the average on the CPU.
                 staged = buffer.cuda() if dist.get_backend() == "nccl" else buffer
                 dist.broadcast(staged, src=0)
                 buffer.copy_(staged)
@@ -150,7 +152,7 @@ def print_main(*words):
 
 
 def print_rank(*words):
-    """Print on whichever process calls it, its rank in front."""
+    """Print on any process, with its rank in front."""
     print(f"[rank {world_and_rank()[1]}]", *words, flush=True)
 
 
@@ -164,24 +166,42 @@ def derived_seed(*numbers):
 
 
 def seed_everything(*numbers):
-    """Seed Python, NumPy and torch from several integers, e.g. (seed, epoch, rank)."""
+    """Seed Python, NumPy and torch, on all devices, from several integers, e.g. (seed, epoch, rank)."""
+    seed_cpu(*numbers)
+    torch.manual_seed(derived_seed(*numbers))
+
+
+def seed_cpu(*numbers):
+    """Seed the generators that augmentation draws from: Python's, NumPy's and torch's on the CPU."""
     seed = derived_seed(*numbers)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+
+
+@contextmanager
+def preserved_cpu_generators():
+    """Restore the states of Python's, NumPy's and torch's CPU generators when the block ends."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 # ---------------------------------------------------------------------------------------------- meters and logs
 
 
 class Meters:
-    """Weighted means of scalars that stay on the device until someone asks for them."""
+    """Weighted means of scalars. The sums stay on the device until they are read."""
 
     def __init__(self):
         self.clear()
 
     def clear(self):
-        """Forget what was added."""
+        """Forget everything that was added."""
         self._sums, self._counts = {}, {}
 
     def add(self, figures):
@@ -201,15 +221,15 @@ class Meters:
         return {name: (float(self._sums[name]), float(self._counts[name])) for name in self._sums}
 
     def means(self):
-        """{name: mean}, None where nothing was counted, over this process's updates."""
+        """{name: mean over this process's updates}, None where nothing was counted."""
         return _means([self.totals()])
 
     def means_over_ranks(self):
-        """The same over the updates of all ranks; every rank must call it."""
+        """{name: mean over the updates of all ranks}; every rank must call it."""
         return _means(gather(self.totals()))
 
     def count_over_ranks(self, name):
-        """How many items the meter counted on all ranks; every rank must call it."""
+        """The number of items that the meter counted on all ranks; every rank must call it."""
         return int(sum(totals.get(name, (0, 0))[1] for totals in gather(self.totals())))
 
 
@@ -221,52 +241,83 @@ def _means(totals):
     return {name: value / count if count else None for name, (value, count) in merged.items()}
 
 
-def _duration(seconds):
-    return str(timedelta(seconds=int(seconds)))
+class EpochLog:
+    """Everything an epoch reports while it trains: progress lines, scalars for a writer, and the means at its end.
 
+    A line is due after the first step, after every `print_freq` steps and after the last. Only then are the
+    figures read, so that no other step waits for the device.
 
-class Progress:
-    """Iterate over `total` steps, print a line every `every` with eta, figures, step and data time, memory.
-
-    `figures()` is asked for the line's {name: value} only when one is printed, so the device is waited for
-    only then. Where given, `report(i, step seconds, data seconds)` comes with every line, on every process; the
-    seconds are means since the line before.
+    Args:
+        epoch, steps: the epoch's number, from 0, and how many steps it has.
+        print_freq: steps between two lines.
+        write: None, or a function (step of the epoch, {name: mean since the previous line, or None}) that is called
+            with every line, on every process that was given one. The scalars are the step's figures and
+            `images_per_second` (of all ranks, an unlabelled image counts once), `step_seconds` and, of these,
+            `data_seconds` spent waiting for the loaders.
     """
 
-    def __init__(self, header, total, every=10, figures=dict, report=None):
-        self.header, self.total, self.every, self.figures, self.report = header, total, every, figures, report
+    def __init__(self, epoch, steps, print_freq=10, write=None):
+        self.epoch, self.steps, self.print_freq, self.write = epoch, steps, print_freq, write
+        self._whole, self._recent = Meters(), Meters()  # since the start of the epoch, since the previous line
 
-    def __call__(self, items):
-        start = last = time.perf_counter()
-        recent_step, recent_data = deque(maxlen=self.every), deque(maxlen=self.every)
-        for i, item in enumerate(items):
-            recent_data.append(time.perf_counter() - last)
-            yield item
-            recent_step.append(time.perf_counter() - last)
-            if i % self.every == 0 or i == self.total - 1:
-                pace = np.mean(recent_step), np.mean(recent_data)
-                self._line(i, start, *pace)
-                if self.report:
-                    self.report(i, *pace)
-                recent_step.clear(), recent_data.clear()
-            last = time.perf_counter()
+    def timed(self, batches):
+        """Yield the batches and measure how long the loop waits for them."""
+        self._start = self._line_start = before = time.perf_counter()
+        self._waited, self._steps = 0.0, 0  # since the previous line
+        for batch in batches:
+            self._waited += time.perf_counter() - before
+            self._steps += 1
+            yield batch
+            before = time.perf_counter()
 
-    def _line(self, i, start, step, data):
-        figures = "  ".join(f"{k}: {v:.4g}" for k, v in self.figures().items() if v is not None)
-        eta = (time.perf_counter() - start) / (i + 1) * (self.total - i - 1)
+    def add(self, figures, images):
+        """Add a step's {name: (mean, count)} and the number of images that this process trained on."""
+        # The gradient's norm is measured for the writer alone, which must change neither line nor means.
+        self._whole.add({name: figure for name, figure in figures.items() if name != "grad_norm"})
+        if self.write:
+            self._recent.add({**figures, "images": (images, 1)})
+
+    def is_due(self, step):
+        """Whether a line follows this step, counted from 0."""
+        return step % self.print_freq == 0 or step == self.steps - 1
+
+    def print_line(self, step):
+        """Print the line of this step and pass the means since the previous one to the writer."""
+        now = time.perf_counter()
+        pace = {"step_seconds": (now - self._line_start) / self._steps, "data_seconds": self._waited / self._steps}
+        place = f"[{step + 1:{len(str(self.steps))}d}/{self.steps}]"
+        eta = timedelta(seconds=int((now - self._start) / (step + 1) * (self.steps - step - 1)))
+        figures = "  ".join(f"{k}: {v:.4g}" for k, v in self._whole.means().items() if v is not None)
         memory = f"  max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f} MB" if torch.cuda.is_available() else ""
-        place = f"[{i + 1:{len(str(self.total))}d}/{self.total}]"
         print_main(
-            f"{self.header} {place}  eta: {_duration(eta)}  {figures}  time: {step:.3f} s  data: {data:.3f} s{memory}"
+            f"Epoch {self.epoch} {place}  eta: {eta}  {figures}  "
+            f"time: {pace['step_seconds']:.3f} s  data: {pace['data_seconds']:.3f} s{memory}"
         )
+        if self.write:
+            means = self._recent.means()
+            rate = means.pop("images") * world_and_rank()[0] / pace["step_seconds"]
+            self.write(step, {**means, "images_per_second": rate, **pace})
+            self._recent.clear()
+        self._line_start, self._waited, self._steps = time.perf_counter(), 0.0, 0
+
+    def means(self):
+        """{name: mean over all steps and ranks}; every rank must call it."""
+        return self._whole.means_over_ranks()
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+NOT_GIVEN = "None"  # released code: the default of most path flags is this string
+
+
+def given(path):
+    """Whether a path flag was given on the command line."""
+    return path not in ("", NOT_GIVEN)
 
 
 @contextmanager
 def writing(path, flag="--output_dir"):
-    """Let a failure to write say in one sentence which file it was and what to do; an OSError.
-
-    `flag` is the one that decides where the file is.
-    """
+    """Turn an OSError into one sentence that names the file and the flag that decides where it is."""
     try:
         yield
     except OSError as error:
@@ -274,8 +325,37 @@ def writing(path, flag="--output_dir"):
         raise OSError(f"Cannot write {path} ({reason}): make room there, or choose another {flag}.") from error
 
 
+@contextmanager
+def atomic(path, flag="--output_dir", before_rename=None):
+    """Open a binary file that replaces `path` when the block ends. `path` is never seen half-written.
+
+    The content is written under a temporary name, synchronised to the disk and renamed. Where the block or the disk
+    fails, the temporary file is removed and `path` stays as it was.
+
+    Args:
+        flag: the flag that decides where the file is, for the error message.
+        before_rename: called without arguments when the new content is complete and `path` still has the old one.
+    Raises OSError naming the file.
+    """
+    temporary = f"{path}.tmp"
+    with writing(path, flag):
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if before_rename:
+                before_rename()
+            os.replace(temporary, path)
+            sync_folder(os.path.dirname(path))
+        except (OSError, ValueError, RuntimeError):
+            with suppress(OSError):
+                os.remove(temporary)
+            raise
+
+
 def sync_folder(folder):
-    """Wait until the names in a folder are on the disk: a rename alone may be lost with the power."""
+    """Wait until the names in a folder are on the disk: a rename alone may be lost in a power failure."""
     descriptor = os.open(folder or ".", os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -284,19 +364,13 @@ def sync_folder(folder):
 
 
 def write_atomic(path, content, flag="--output_dir"):
-    """Replace a file by text or bytes, always whole. Raises OSError naming it and the flag that decides where it is."""
-    temporary = f"{path}.tmp"
-    with writing(path, flag):
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(os.path.dirname(path))
+    """Replace a file by text or bytes, as `atomic` does. Raises OSError naming the file."""
+    with atomic(path, flag) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def append_json_line(path, record):
-    """Add one JSON object to a JSON-lines file, and see it onto the disk. Raises OSError naming the file."""
+    """Append one JSON object to a JSON-lines file and synchronise it. Raises OSError naming the file."""
     with writing(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
         file.flush()
@@ -304,9 +378,9 @@ def append_json_line(path, record):
 
 
 def trim_json_lines(path, epoch):
-    """Keep a log's lines up to an epoch; later ones, and half-written ones, go to `<stem>.dropped<suffix>`.
+    """Keep a log's lines up to an epoch and move the later and the incomplete ones to `<stem>.dropped<suffix>`.
 
-    A run that goes on from the epoch writes the later ones again. Returns the number of lines moved.
+    A run that resumes from this epoch writes the later ones again. Returns the number of lines that were moved.
     Raises OSError naming the file.
     """
     path = Path(path)
@@ -324,7 +398,7 @@ def trim_json_lines(path, epoch):
 
 
 def _epoch_of(line):
-    """The epoch of a log line; infinite for one that is not whole."""
+    """The epoch of a log line; infinity for an incomplete one."""
     try:
         return json.loads(line)["epoch"] if line.endswith("\n") else math.inf
     except (ValueError, LookupError, TypeError):
@@ -332,7 +406,7 @@ def _epoch_of(line):
 
 
 def write_json(path, record):
-    """Write one JSON object, indented; the file is always whole. Raises OSError naming it."""
+    """Write one JSON object, indented, as `atomic` does. Raises OSError naming the file."""
     write_atomic(path, json.dumps(record, indent=2, default=str) + "\n")
 
 
@@ -356,11 +430,11 @@ def environment():
     }
 
 
-# ---------------------------------------------------------------------------------------------- last words
+# ---------------------------------------------------------------------------------------------- uncaught errors
 
 
 def is_ours(error):
-    """Whether our own code raised it to speak to the user; a library's error keeps its traceback."""
+    """Whether the project's own code raised the error for the user to read; a library's error needs its traceback."""
     if not isinstance(error, ValueError | OSError | FloatingPointError):
         return False
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
@@ -368,25 +442,25 @@ def is_ours(error):
 
 
 def lost_a_peer(error):
-    """Whether the error is but the echo of another rank's end: a connection to it closed."""
+    """Whether the error only reports that the connection to another rank closed, because that rank ended."""
     gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)
     return dist.is_initialized() and (gloo or isinstance(error, dist.DistBackendError | dist.DistNetworkError))
 
 
 def excepthook(program, kind, error, trace):
-    """A `sys.excepthook` once the program's name is given: one sentence where that says it all, else the traceback.
+    """A `sys.excepthook` (bind `program`, its name): prints one sentence where that is enough, else the traceback.
 
-    In a process group, PyTorch puts the rank in front of each line; the process then ends at once, because the threads
-    of a group in the middle of its work can abort or hold up Python's own end.
+    In a process group PyTorch prefixes each line with the rank. The process then exits at once, because the threads
+    of a group that is in the middle of a collective can abort or block Python's own shutdown.
     """
     if dist.is_initialized() and issubclass(kind, Exception):
         atexit.register(os._exit, 1)
     if is_ours(error):
-        words = f"{program}: error: {error}\n"
+        message = f"{program}: error: {error}\n"
     elif lost_a_peer(error):
         reason = str(error).strip().splitlines()[0]
-        words = f"{program}: stopped, because another rank failed: see its error above ({reason})\n"
+        message = f"{program}: stopped, because another rank failed: see its error above ({reason})\n"
     else:
-        words = "".join(traceback.format_exception(kind, error, trace))
-    sys.stderr.write(words)
+        message = "".join(traceback.format_exception(kind, error, trace))
+    sys.stderr.write(message)
     sys.stderr.flush()

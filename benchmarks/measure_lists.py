@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from datasets import MultiViewDataset
-from images.loading import training_loader, watched
+from images.loading import read_batches, training_loader
 from images.readers import FileSource, Samples
 from images.transforms import weak_view
 from samplers import training_order
@@ -53,7 +53,7 @@ def measured(images, workers, batches):
         steps = max(batches + 2 * workers, images // BATCH)  # a whole pass; the workers are still at it when measured
         loader = training_loader(views, training_order(images), BATCH, steps, seed=0, epoch=0, rank=0, stream=0,
                                  num_workers=workers, pin_memory=False)  # fmt: skip
-        seen = watched(loader)
+        seen = read_batches(loader)
         for _ in range(batches):
             next(seen)
         return [proportional(process) for process in (os.getpid(), *children(os.getpid()))]

@@ -17,7 +17,7 @@ from timm.models.vision_transformer import Attention
 from torch.nn import functional as F
 from torchvision import transforms as tv
 
-from images.transforms import _repair_posterize
+from images.transforms import repair_posterize
 from losses import objective
 from models.blocks import ConvBlock, FCUDown, FCUUp, enlarged
 from training.optimization import build_optimizer
@@ -196,7 +196,7 @@ class PillowToFloat:
     """A file -> (strong, weak), float (3, size, size) each: decoded once, all the rest twice, erasing included."""
 
     def __init__(self, size):
-        self.strong = _repair_posterize(
+        self.strong = repair_posterize(
             create_transform(
                 size,
                 is_training=True,

@@ -1,27 +1,26 @@
-"""CIFAR-10 and CIFAR-100 in their format for Python, read without executing anything that is pickled in them."""
+"""CIFAR-10 and CIFAR-100 in their format for Python, read without executing anything pickled in them."""
 
-import os
 import pickle
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import download_and_extract_archive
 
+from images.downloads import fetch_folder
 from images.readers import ArraySource, Samples
 
 _CIFAR = {"CIFAR10": (CIFAR10, "labels"), "CIFAR100": (CIFAR100, "fine_labels")}
 
 
 def _encode(text, encoding):
-    """What Python 3 pickles a byte string as, and no other codec."""
+    """codecs.encode for the one codec in which Python 3 pickles a byte string."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"it asks for the codec {encoding}")
     return text.encode("latin1")
 
 
-_PICKLED = {  # all that an array's pickle looks up; numpy's own function comes from numpy, under either of its names
+_PICKLED = {  # the only globals that a pickled array needs; numpy's function is taken from numpy under both its names
     ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
     ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
     ("numpy", "ndarray"): np.ndarray,
@@ -31,7 +30,7 @@ _PICKLED = {  # all that an array's pickle looks up; numpy's own function comes 
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Reads arrays and plain containers; whatever else a pickle asks for is neither imported nor called."""
+    """Unpickles arrays and plain containers; anything else a pickle asks for is neither imported nor called."""
 
     def find_class(self, module, name):
         if (module, name) not in _PICKLED:
@@ -52,28 +51,22 @@ def _unpickled(path, *keys):
 
 
 def _fetch(kind, root):
-    """Download a CIFAR archive, checked by its MD5 sum, and move its folder into `root`."""
-    try:
-        # Processes that start together each download: what is moved is whole, and the first one's stays.
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as fresh:
-            download_and_extract_archive(kind.url, fresh, filename=kind.filename, md5=kind.tgz_md5)
-            os.rename(Path(fresh, kind.base_folder), Path(root, kind.base_folder))
-    except (OSError, RuntimeError) as error:
-        if not Path(root, kind.base_folder).is_dir():
-            raise FileNotFoundError(
-                f"There is no folder {Path(root, kind.base_folder)} (--data-path) and downloading it failed ({error}): "
-                f"unpack {kind.url} in {root}."
-            ) from error
+    """Download a CIFAR archive, checked by its MD5 sum, and unpack its folder into `root`."""
+
+    def download(folder):
+        download_and_extract_archive(kind.url, folder, filename=kind.filename, md5=kind.tgz_md5)
+
+    fetch_folder(root, kind.base_folder, download, f"unpack {kind.url} in {root}.")
 
 
 def cifar(root, name, part):
     """Read CIFAR-10 or CIFAR-100 for Python, from `root/cifar-10-batches-py` or `root/cifar-100-python`.
 
-    A folder that is missing is downloaded; nothing pickled in the files is executed.
+    A missing folder is downloaded where the network allows it; nothing pickled in the files is executed.
 
     Args:
         name: 'CIFAR10' or 'CIFAR100' (its fine labels).
-        part: 'train', or 'val': the test batch, which with the names of the classes is all it needs.
+        part: 'train', or 'val': the test batch; then no other file than that and the names of the classes is read.
     Returns Samples of 32x32 images in file order. Raises FileNotFoundError or ValueError naming the file.
     """
     kind, key = _CIFAR[name]

@@ -2,14 +2,14 @@
 
 import gzip
 import hashlib
-import os
-import tempfile
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from torchvision.datasets import FashionMNIST
 
+from images.downloads import fetch_folder
 from images.readers import ArraySource, Samples
 
 CLASSES = tuple(FashionMNIST.classes)
@@ -25,7 +25,7 @@ OWN_CLASSES = "classes.txt"  # a name a line
 
 
 class GreySource(ArraySource):
-    """Grey images in memory, uint8 (N, H, W), of a file that a split file names them by: image 17 is `17`."""
+    """Grey images in memory, uint8 (N, H, W). A split file names an image by its number in the file."""
 
     def __init__(self, images, root):
         super().__init__(images)
@@ -40,31 +40,17 @@ class GreySource(ArraySource):
         return super().load(i).convert("RGB")
 
 
-def _fetch(root):
-    """Download the four files, checked by their MD5 sums, into torchvision's place below `root`."""
-    try:
-        # Processes that start together each download: what is moved is whole, and the first one's stays.
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as fresh:
-            FashionMNIST(fresh, download=True)
-            os.rename(Path(fresh, "FashionMNIST"), Path(root, "FashionMNIST"))
-    except (OSError, RuntimeError) as error:
-        if not Path(root, "FashionMNIST").is_dir():
-            raise FileNotFoundError(
-                f"There is no train-images-idx3-ubyte[.gz] in {root} (--data-path) and downloading it failed "
-                f"({' '.join(str(error).split())}): put its four idx files there, as of Debian's dataset-fashion-mnist."
-            ) from error
-
-
 def _folder(root):
-    """Where the idx files are: in `root` itself, or below it where torchvision keeps them; downloaded if nowhere."""
+    """The folder of the idx files: `root` itself, or torchvision's place below it; downloaded where there is none."""
     places = [Path(root), Path(root, "FashionMNIST", "raw")]
     if not any(any(place.glob("*-idx?-ubyte*")) for place in places):
-        _fetch(root)
+        advice = f"put Fashion-MNIST's four idx files into {root}, as of Debian's dataset-fashion-mnist."
+        fetch_folder(root, "FashionMNIST", partial(FashionMNIST, download=True), advice)
     return places[0] if any(places[0].glob("*-idx?-ubyte*")) else places[1]
 
 
 def _sums(folder):
-    """{file: sha256}: of the folder's own SHA256SUMS, as a part or another set in this format has it, else SUMS."""
+    """{file: sha256}, from the folder's SHA256SUMS, which another data set in this format brings, else SUMS."""
     path = folder / OWN_SUMS
     if not path.is_file():
         return SUMS
@@ -75,7 +61,7 @@ def _sums(folder):
 
 
 def _array(folder, name):
-    """The uint8 array of an idx file, plain or packed with gzip, checked by its sum."""
+    """The uint8 array of an idx file, plain or gzip-compressed, checked by its sha256."""
     path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
     if path is None:
         raise FileNotFoundError(f"There is no {folder / name}[.gz]: put Fashion-MNIST's four idx files there.")
@@ -91,7 +77,7 @@ def _array(folder, name):
 
 
 def _classes(folder):
-    """The ten names: of the folder's own classes.txt, as another set in this format has it, else CLASSES."""
+    """The ten class names, from the folder's classes.txt, which another data set may bring, else CLASSES."""
     path = folder / OWN_CLASSES
     if not path.is_file():
         return CLASSES
@@ -102,7 +88,7 @@ def _classes(folder):
 
 
 def write_idx(folder, name, array):
-    """Write a uint8 array as an idx file and its sum into the folder's SHA256SUMS: part of a set, or another one."""
+    """Write a uint8 array as an idx file, and its sha256 into SHA256SUMS beside it, for `fashion` to read."""
     content = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
     Path(folder, name).write_bytes(content)
     with open(Path(folder, OWN_SUMS), "a", encoding="utf-8") as file:
@@ -112,8 +98,8 @@ def write_idx(folder, name, array):
 def fashion(root, part):
     """Read Fashion-MNIST from its four idx files, plain or with gzip, in `root` or `root/FashionMNIST/raw`.
 
-    Files that are missing are downloaded where that works. Their content is checked by sha256, against SHA256SUMS in
-    their folder if there is one (another set in this format, as MNIST; classes.txt there names its classes).
+    Missing files are downloaded where the network allows it. Their content is checked by sha256. Another data set in
+    this format, such as MNIST, brings a file SHA256SUMS of its own and, optionally, classes.txt.
 
     Args:
         part: 'train' (60,000 images), or 'val': the 10,000 test images.

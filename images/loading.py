@@ -1,58 +1,90 @@
-"""From data sets to batches on the device."""
+"""From data sets to batches on the device.
+
+Every image's random draws depend on (seed, epoch, rank, stream, place in the epoch's order) alone, so that the number
+of workers never changes a batch.
+"""
 
 import signal
 from array import array
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
-from images.decoding import UnreadableImage
 from samplers import Passes, evaluation_order
-from utils import derived_seed, gather, print_main, print_rank
+from utils import derived_seed, preserved_cpu_generators, seed_cpu
 
 
-def training_loader(views, order, batch_size, steps, *, seed, epoch, rank, num_workers, pin_memory, stream):
-    """A loader of exactly `steps` batches for one epoch, decided by (seed, epoch, rank, stream) alone.
+class _Ordered:
+    """A data set in the order of one epoch. Item k is `dataset.load(order[k])`, its draws seeded by (*seed, k)."""
+
+    def __init__(self, dataset, order, seed):
+        self.dataset, self.order, self.seed = dataset, order, seed
+
+    def __len__(self):
+        return len(self.order)
+
+    def __getitems__(self, places):
+        # Without workers this is the training process, whose own generators must not notice.
+        with preserved_cpu_generators():
+            return [self._load(place) for place in places]
+
+    def _load(self, place):
+        seed_cpu(*self.seed, place)
+        return self.dataset.load(self.order[place])
+
+
+def _collate(loaded):
+    """[(item or None, unreadable)] -> (batch of the items, or None where one is missing, all that is unreadable)."""
+    items, unreadable = zip(*loaded)
+    batch = None if any(item is None for item in items) else default_collate(items)
+    return batch, [pair for pairs in unreadable for pair in pairs]
+
+
+def training_loader(dataset, order, batch_size, steps, *, seed, epoch, rank, num_workers, pin_memory, stream):
+    """A loader of exactly `steps` batches for one epoch, to be read by `read_batches`.
 
     Args:
-        views: data set.
-        order: sampler with `set_epoch`; gone through again, reshuffled, where `steps` batches take more.
-        stream: a number that tells the labelled (0) from the unlabelled (1) loader's random draws.
+        dataset: as datasets.MultiViewDataset: its `load(i)` returns (item or None, unreadable images).
+        order: sampler with `set_epoch`; iterated again, reshuffled, where `steps` batches need more images.
+        seed, epoch, rank, stream: decide the random draws; the stream is 0 for the labelled and 1 for the unlabelled
+            loader.
     """
+    places = array("q", Passes(order, epoch, steps * batch_size))
     return DataLoader(
-        views,
+        _Ordered(dataset, places, (seed, epoch, rank, stream)),
         batch_size=batch_size,
-        # Kept: `watched` goes through it beside the loader, and the order has only one place to be at.
-        sampler=array("q", Passes(order, epoch, steps * batch_size)),
+        collate_fn=_collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        generator=torch.Generator().manual_seed(derived_seed(seed, epoch, rank, stream)),
+        generator=torch.Generator(),  # from which the loader seeds its workers, instead of the global generator
     )
 
 
-def evaluation_loader(views, batch_size, *, world, rank, num_workers, pin_memory):
-    """A loader that gives every image to exactly one rank."""
+def evaluation_loader(dataset, batch_size, *, world, rank, num_workers, pin_memory):
+    """A loader that gives every image to exactly one rank, to be read by `read_batches`."""
     return DataLoader(
-        views,
+        _Ordered(dataset, evaluation_order(len(dataset), world, rank), ()),
         batch_size=batch_size,
-        sampler=evaluation_order(len(views), world, rank),
+        collate_fn=_collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        generator=torch.Generator(),
     )
 
 
 def _block_sigterm(_worker):
-    # In the worker, because Python opens SIGTERM again on the way to one that is not forked.
+    # In the worker, because Python unblocks SIGTERM in a process that is not forked.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 
 
-def _started(loader):
-    """The loader's iterator, its workers deaf to SIGUSR2, and to SIGTERM where this process handles that.
+def _start(loader):
+    """The loader's iterator; its workers ignore SIGUSR2, and SIGTERM where this process handles that signal.
 
-    Slurm signals all processes of a job, and a worker that ends makes its loader fail. Workers inherit the mask however
-    they start; a handler would be forked only. They end when their loader does, or their parent.
+    Slurm sends its signals to all processes of a job, and a worker that ended would make its loader fail. Workers
+    inherit a signal mask however they are started, a handler only when they are forked. They end with their loader or
+    with their parent.
     """
-    if callable(signal.getsignal(signal.SIGTERM)):  # as in a task of submitit, which lets SIGTERM pass
+    if callable(signal.getsignal(signal.SIGTERM)):  # as in a task of submitit, which ignores SIGTERM
         loader.worker_init_fn = _block_sigterm
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
     try:
@@ -61,78 +93,51 @@ def _started(loader):
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def watched(loader):
-    """The batches of a loader of Views; an unreadable image is told of the first time another one stands in for it.
+def read_batches(loader):
+    """Yield the batches of a loader of this module, lists of tensors.
 
-    The index asked for and the one in the batch tell, so nothing else travels and the device is not asked. Raises
-    UnreadableImage, one sentence, for what Views cannot replace and for more unreadable images than they tolerate:
-    counted on this process, and on all those of epochs before.
+    Unreadable images are recorded in the data set's `bad_images`. Raises UnreadableImage, one sentence, where an
+    image has no stand-in or more are unreadable than are tolerated.
     """
-    views, batches = loader.dataset, _started(loader)
-    try:
-        for batch, places in zip(batches, loader.batch_sampler):
-            if replaced := views.replaced(places, batch[-1]):
-                for index in replaced:
-                    if index not in views.met | views.unreadable:
-                        print_rank(f"{views.why(index)}; the next readable image stands in for it.")
-                    views.met.add(index)
-                views.check(views.met | views.unreadable)
-            yield batch
-    except UnreadableImage as error:
-        # What a worker raised arrives as text, its traceback first.
-        raise UnreadableImage(str(error).rsplit("UnreadableImage: ", 1)[-1].strip()) from error
+    bad_images = loader.dataset.dataset.bad_images
+    for batch, unreadable in _start(loader):
+        if batch is None:
+            bad_images.refuse(unreadable)
+        bad_images.add(unreadable)
+        yield batch
 
 
-def count_unreadable(*sets):
-    """How many different images were unreadable in the epoch that ends, over all ranks, which must all call it.
+def to_device(batches, device, finish=None, seed=()):
+    """Yield batches with their tensors on the device; on CUDA each is copied while the one before it is in use.
 
     Args:
-        sets: training sets, Views or None.
-    Raises UnreadableImage on all ranks together where more were since the start of these processes than a set
-    tolerates. A run that goes on from a checkpoint counts anew against the limit; an epoch's own count is the same.
-    """
-    count = 0
-    for views in sets:
-        if views is not None:
-            met = set().union(*gather(views.met))
-            views.met, views.unreadable = set(), views.unreadable | met
-            views.check(views.unreadable)
-            count += len(met)
-    if count:
-        print_main(f"Unreadable images in this epoch: {count}.")
-    return count
-
-
-def to_device(loader, device, finish=None, seed=()):
-    """The loader's batches, their tensors on the device, finished there; on CUDA ahead of their use.
-
-    Args:
-        finish: (seed, device) -> function of a batch, as `transforms.DeviceFinish`; None: nothing is left.
-        seed: the numbers that decide what it draws.
+        finish: what the views left to the device, (seed, device) -> function of a batch, as
+            fast_transforms.DeviceFinish; None: nothing.
+        seed: the numbers that decide its draws.
     """
     finish = finish(derived_seed(*seed), device) if finish else tuple
-    finished = (finish([tensor.to(device, non_blocking=True) for tensor in batch]) for batch in loader)
+    finished = (finish([tensor.to(device, non_blocking=True) for tensor in batch]) for batch in batches)
     return _prefetch(finished, device) if device.type == "cuda" else finished
 
 
 def _prefetch(batches, device):
-    """The batches, each made on a stream of its own while the one before it is in use."""
+    """Yield the batches; each is made on a side stream while the one before it is in use."""
     side, using, ready = torch.cuda.Stream(device), torch.cuda.current_stream(device), None
-    side.wait_stream(using)  # for what the finish holds
+    side.wait_stream(using)  # for the tensors that `finish` holds
     while True:
         with torch.cuda.stream(side):
             batch = next(batches, None)
             made = batch and (batch, side.record_event())
         if ready:
-            yield _handed_over(*ready, using)
+            yield _hand_over(*ready, using)
         if made is None:
             return
         ready = made
 
 
-def _handed_over(batch, event, stream):
-    """The batch, for use on another stream than the one it was made on."""
+def _hand_over(batch, event, stream):
+    """Return a batch, made on another stream, for use on this one."""
     stream.wait_event(event)
     for tensor in batch:
-        tensor.record_stream(stream)  # or its memory would be used anew while the stream still reads it
+        tensor.record_stream(stream)  # or the allocator would reuse its memory while this stream still reads it
     return batch

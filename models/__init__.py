@@ -6,13 +6,13 @@ import timm
 
 from models import baselines, convmixer, semiformer  # noqa: F401  (importing is registering)
 from models.baselines import MyResNet, single_stream
-from models.blocks import fold_batchnorm, update_statistics_once  # noqa: F401  (folded: re-exported)
+from models.blocks import fold_batchnorm, update_statistics_once  # noqa: F401  (fold_batchnorm: re-exported)
 
-NAMES = [*semiformer.default_cfgs, *convmixer.default_cfgs, *baselines.default_cfgs]  # of the networks of ours
+NAMES = [*semiformer.default_cfgs, *convmixer.default_cfgs, *baselines.default_cfgs]  # our own networks
 
 
 def check_name(name):
-    """Raise ValueError, with names like it, where there is no network of this name, neither ours nor timm's."""
+    """Raise ValueError, suggesting similar names, where neither we nor timm have a network of this name."""
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise ValueError(f"Unknown --model {name!r}" + (f": did you mean {', '.join(close)}?" if close else "."))
@@ -21,14 +21,14 @@ def check_name(name):
 def build_model(
     name, num_classes, img_size=224, drop=0.0, drop_path=0.0, drop_block=None, remove_fcu=False, **overrides
 ):
-    """Build any network behind the contract of ours: `model(images) -> list of logits`, one a stream.
+    """Build any network with the common interface `model(images) -> list of logits`, one tensor per stream.
 
     Args:
         name: one of ours, or any timm classifier.
         num_classes: size of the head(s).
-        img_size: input side in pixels; told to the networks whose position embedding depends on it.
+        img_size: input side in pixels; passed to the networks whose position embedding depends on it.
         drop, drop_path, drop_block: dropout, stochastic depth and DropBlock rates.
-        remove_fcu: no exchange between the streams; two-stream networks only.
+        remove_fcu: no exchange of features between the streams; for two-stream networks only.
         overrides: constructor arguments, e.g. `depth=6`.
     Raises ValueError for an unknown name, `remove_fcu` or `drop_block` with the wrong kind of network, and a
     setting the network does not have.
@@ -43,14 +43,14 @@ def build_model(
         raise ValueError(f"--remove-fcu removes the fusion of a two-stream network, and {name} has none.")
     cfg = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
     if name.startswith("deit_"):
-        # released code (timm 0.3.2): dropout after the position embedding and in the blocks, none before the head.
+        # released code (timm 0.3.2): dropout after the position embedding and in the blocks, but not before the head.
         rates = dict(pos_drop_rate=drop, proj_drop_rate=drop, drop_path_rate=drop_path)
         settings["img_size"] = img_size
     else:
         rates = dict(drop_rate=drop, drop_path_rate=drop_path, drop_block_rate=drop_block)
         if cfg is not None and cfg.fixed_input_size:
             settings["img_size"] = img_size
-    # A network that lacks a rate is fine with that rate being zero.
+    # Rates of zero are left out, because not every network has each of them.
     settings.update({key: rate for key, rate in rates.items() if rate})
     try:
         model = timm.create_model(name, **settings)
@@ -62,7 +62,7 @@ def build_model(
 def enable_grad_checkpointing(model):
     """Compute activations again in backward instead of keeping them (`--grad-checkpointing`), in place.
 
-    Running statistics are updated once. Raises ValueError for a network that cannot.
+    Running statistics are still updated once per step. Raises ValueError for a network that does not support it.
     """
     try:
         model.set_grad_checkpointing(True)

@@ -1,7 +1,7 @@
-"""The parts a two-stream network is made of: CNN bottleneck, squeeze (CNN -> tokens), expand (tokens -> CNN).
+"""The parts of a two-stream network: CNN bottleneck, squeeze (CNN -> tokens), expand (tokens -> CNN).
 
-Shapes: N images, C channels, H x W map, L patch tokens, E embedding. The transformer block is timm's: its
-parameter names are the published ones.
+Shapes: N images, C channels, H x W map, L patch tokens, E embedding. The transformer block is timm's, whose parameter
+names are the published ones.
 """
 
 from copy import deepcopy
@@ -19,16 +19,16 @@ LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
 def transformer_block(embed_dim, num_heads, mlp_ratio, qkv_bias, drop, drop_path):
-    """timm's pre-norm block; `drop` acts after attention's projection and after both MLP layers, nowhere else."""
+    """timm's pre-norm block; `drop` is the dropout after the attention projection and after both MLP layers."""
     return Block(
         embed_dim, num_heads, mlp_ratio, qkv_bias=qkv_bias, proj_drop=drop, drop_path=drop_path, norm_layer=LayerNorm
     )
 
 
 def fold_batchnorm(network):
-    """A copy for evaluation, its BatchNorms worked into the convolutions before them: the same function, fewer steps.
+    """A copy for evaluation with every BatchNorm folded into the convolution before it: the same function, faster.
 
-    Modules name such neighbours in `conv_bn`, pairs of attribute names. BatchNorms elsewhere stay.
+    Modules list such pairs of attribute names in `conv_bn`. Other BatchNorms stay as they are.
     """
     copy = deepcopy(network).eval()
     for module in list(copy.modules()):
@@ -39,38 +39,63 @@ def fold_batchnorm(network):
     return copy
 
 
-def _update_once(norm, _inputs):
-    # Set every time: a recomputation stops as soon as it has what backward asked for, maybe inside this module. A
-    # compiled graph holds one update anyway.
-    again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-    norm.momentum = 0.0 if again else norm.usual_momentum
-    if again:
-        norm.num_batches_tracked -= 1
+class _StatisticsGuard:
+    """Keeps BatchNorm from updating its running statistics again while backward recomputes a forward pass.
+
+    Backward has begun once a gradient arrives at an output of the network, and every forward pass of a module until
+    the network's next one is a recomputation. A compiled graph needs no guard: it updates the statistics once.
+    """
+
+    def __init__(self, network):
+        self.recomputing = False
+        network.register_forward_pre_hook(self.forward_begins)
+        network.register_forward_hook(self.forward_ends)
+        for module in network.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.usual_momentum = module.momentum
+                module.register_forward_pre_hook(self.norm_begins)
+
+    def forward_begins(self, _network, _inputs):
+        self.recomputing = False
+
+    def forward_ends(self, _network, _inputs, output):
+        if torch.compiler.is_compiling():
+            return
+        for tensors in output.values() if isinstance(output, dict) else [output]:
+            for tensor in tensors:
+                if tensor.requires_grad:
+                    tensor.register_hook(self.backward_begins)
+
+    def backward_begins(self, _gradient):
+        self.recomputing = True
+
+    def norm_begins(self, norm, _inputs):
+        again = self.recomputing and not torch.compiler.is_compiling()
+        norm.momentum = 0.0 if again else norm.usual_momentum
+        if again:
+            norm.num_batches_tracked -= 1  # the forward pass adds 1
 
 
 def update_statistics_once(network):
-    """Keep BatchNorm's running statistics from a second update where backward computes activations again."""
-    for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.usual_momentum = module.momentum
-            module.register_forward_pre_hook(_update_once)
+    """Let BatchNorm update its running statistics once per step although backward recomputes activations."""
+    _StatisticsGuard(network)
 
 
 def recomputed(function, *inputs):
-    """function(*inputs), its activations dropped and computed again in backward."""
+    """function(*inputs); its activations are not kept, but computed again in backward."""
     return checkpoint(function, *inputs, use_reentrant=False)
 
 
 class ConvBlock(nn.Module):
-    """Bottleneck: 1x1, 3x3 (strided), 1x1 convolutions of middle width out/4, the last ReLU after the sum.
+    """Bottleneck: 1x1, 3x3 (strided) and 1x1 convolutions, out/4 channels in between; the last ReLU follows the sum.
 
-    `narrow` says where the streams meet (Conformer: at the bottleneck; Semiformer: at full width): it decides
-    which activation squeeze reads and which convolution the expanded map joins. The shortcut never carries the
-    expanded map. Source: Conformer (Peng et al., ICCV 2021), changed as in Semiformer's released code.
+    `narrow` decides where the streams exchange features: at the bottleneck (Conformer) or at full width (Semiformer).
+    It selects the activation that squeeze reads and the input to which the expanded map is added. The shortcut never
+    carries the expanded map. Source: Conformer (Peng et al., ICCV 2021), changed as in Semiformer's released code.
 
-    The published order is to enlarge the expanded map, add it to the input, convolve. The first convolution is 1x1, so
-    it may come before: its share is computed on the small map and enlarged at a quarter of the width, and no
-    second full-width map is kept for backward.
+    The published code enlarges the expanded map, adds it to the input and convolves the sum. The first convolution is
+    1x1 and linear, so here the expanded map is convolved while it is small and enlarged at a quarter of the width:
+    the same function, without a second full-width map kept for backward.
     """
 
     conv_bn = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("residual_conv", "residual_bn"))
@@ -97,7 +122,7 @@ class ConvBlock(nn.Module):
         The expanded map is (N, meeting channels, h, w) of any size that divides the map's.
         """
         shortcut = self.residual_bn(self.residual_conv(x)) if self.project else x
-        # In place where backward needs no output: large maps are not allocated anew.
+        # In place where backward does not need the input, which saves large allocations.
         x = self.conv1(x)
         if expanded is not None and not self.narrow:
             x += enlarged(F.conv2d(expanded, self.conv1.weight), x)
@@ -116,15 +141,15 @@ def enlarged(expanded, x):
 
 
 def _pointwise(conv, tokens):
-    """A 1x1 convolution applied to tokens (N, L, C): the same product, without going through a map's layout."""
+    """Apply a 1x1 convolution to tokens (N, L, C) as a linear layer, without rearranging them into a map."""
     return F.linear(tokens, conv.weight.flatten(1), conv.bias)
 
 
 class FCUDown(nn.Module):
     """Squeeze: a CNN map becomes an increment to the tokens.
 
-    The published order is 1x1 convolution, then average pool. Both are linear and the pool acts on each channel
-    alone, so they commute: pooling first is the same function for 1/s^2 of the convolution's cost.
+    The published code convolves (1x1), then pools. Both are linear and pooling acts on each channel separately, so they
+    commute: pooling first is the same function at 1/s^2 of the convolution's cost.
     """
 
     def __init__(self, in_channels, embed_dim, stride):
@@ -134,14 +159,14 @@ class FCUDown(nn.Module):
         self.ln = LayerNorm(embed_dim)
 
     def forward(self, x, class_token):
-        """(N, C, H, W), (N, 1, E) -> (N, 1 + HW/s^2, E), the class token in front as it came."""
+        """(N, C, H, W), (N, 1, E) -> (N, 1 + HW/s^2, E), the class token unchanged in front."""
         x = F.avg_pool2d(x, self.stride) if self.stride > 1 else x
         x = _pointwise(self.conv_project, x.flatten(2).transpose(1, 2))  # (N, C, H/s, W/s) -> (N, L, C) -> (N, L, E)
         return torch.cat([class_token, F.gelu(self.ln(x))], dim=1)
 
 
 class FCUUp(nn.Module):
-    """Expand: patch tokens become a map for the CNN, a pixel a token."""
+    """Expand: patch tokens become a map for the CNN, one pixel per token."""
 
     conv_bn = (("conv_project", "bn"),)
 
@@ -163,7 +188,7 @@ class ConvTransBlock(nn.Module):
         cnn_block, fusion_block: modules `(x, expanded=None) -> (x, activation squeeze reads)`.
         med_blocks: further CNN blocks, applied after squeeze has read the map.
         stride: pixels of the CNN map a token covers along one side.
-        remove_fcu: never exchange anything; squeeze and expand stay in the state dict, unused.
+        remove_fcu: do not exchange features; squeeze and expand stay in the state dict, unused.
     """
 
     def __init__(
@@ -183,7 +208,7 @@ class ConvTransBlock(nn.Module):
         """(N, C, H, W), (N, 1 + L, E), grid (h, w) of the L patch tokens -> the same two, one stage on."""
         x, activation = self.cnn_block(x)
         if not self.remove_fcu:
-            # released code: squeeze puts the class token in front and is added, so it enters the block doubled.
+            # released code: squeeze also returns the class token, and the sum doubles it.
             tokens = tokens + self.squeeze_block(activation, tokens[:, :1])
         tokens = self.trans_block(tokens)
         for block in getattr(self, "med_block", ()):

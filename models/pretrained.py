@@ -1,4 +1,4 @@
-"""A checkpoint file -> the network in it, ready for use: what predict.py, script/export.py and hubconf.py share."""
+"""From a checkpoint file to the network in it, ready for use: shared by predict.py, script/export.py and hubconf.py."""
 
 import argparse
 from dataclasses import dataclass
@@ -7,21 +7,23 @@ from typing import Any
 
 import timm
 
-from images.transforms import FIXMATCH, IMAGENET, evaluation_view
+from datasets import evaluation_view, fixmatch_colours
+from images.transforms import IMAGENET
 from models import NAMES, build_model, check_name  # noqa: F401  (NAMES: re-exported)
 from training import checkpoint
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A network with the weights of a file, and what the file says of it.
+    """A network with the weights of a file, and what else the file holds about it.
 
     Attributes:
-        network: of `models.build_model`, on the CPU, in eval mode; its `pretrained_cfg` tells input and class names.
-        name: what timm calls it. num_classes: of its head(s). input_size: side of its images in pixels.
+        network: as built by `models.build_model`, on the CPU, in eval mode; its `pretrained_cfg` has the input's
+            size, mean and standard deviation and the class names.
+        name: timm's name of it. num_classes: size of its heads. input_size: side of its images in pixels.
         classes: names in the order of their indices, or None.
-        data_set: the --data-set it was trained on, "" if that is not known.
-        content: all that the file holds, as `checkpoint.read` gives it.
+        data_set: the --data-set of its training, "" where unknown.
+        content: everything in the file, as returned by `checkpoint.read`.
     """
 
     network: Any
@@ -39,13 +41,13 @@ class Pretrained:
 
 
 def flags_in(content):
-    """The flags of the training run that a checkpoint holds, a dict; {} where it holds none."""
+    """The flags of the training run in a checkpoint's content, a dict; {} where there are none."""
     args = content.get("args") if isinstance(content, dict) else None
     return vars(args) if isinstance(args, argparse.Namespace) else {}
 
 
-def _agreed(path, flag, given, known, otherwise):
-    """The value of a flag or of the checkpoint; ValueError where they contradict each other."""
+def _reconcile(path, flag, given, known, otherwise):
+    """The value of a flag: as given, else as the checkpoint has it. ValueError where the two differ."""
     if None not in (given, known) and given != known:
         raise ValueError(f"{path} was trained with {flag} {known}, not {given}: leave {flag} out.")
     return next((value for value in (given, known) if value is not None), otherwise)
@@ -56,27 +58,28 @@ def _count_classes(name, weights, path):
     heads = about.classifier if about else None
     head = f"{heads if isinstance(heads, str) or not heads else heads[0]}.weight"
     if head not in weights:
-        raise ValueError(f"{path} is of another network than {name}, for it has no {head}: check --model.")
+        raise ValueError(f"{path} is of another network than {name}, because it has no {head}: check --model.")
     return len(weights[head])
 
 
 def load(path, name=None, input_size=None, classes=None, ema=False):
-    """The Pretrained of a checkpoint of ours or the authors', a path or URL, or of an exported safetensors file.
+    """Load the Pretrained in a checkpoint of ours or of the authors, or in an exported safetensors file.
 
     Args:
-        name, input_size: where the file does not tell (a bare state dict): the network, and its side, 224 px.
-        classes: names, in place of the file's own.
-        ema: take the averaged weights.
-    Raises OSError or ValueError naming the file: not readable, of another network, no or other flags, no average,
-    another number of names than of classes. Nothing pickled is executed.
+        path: a file, or the https URL of one. Nothing pickled in it is executed.
+        name, input_size: network and side of its images, needed where the file is a bare state dict (default 224 px).
+        classes: class names, instead of the file's own.
+        ema: load the averaged weights.
+    Raises OSError or ValueError naming the file: it is unreadable or of another network, `name` or `input_size`
+    differ from its own, it has no averaged weights, or `classes` are of another number.
     """
     content = checkpoint.read(path)
     flags = flags_in(content)
-    name = _agreed(path, "--model", name, flags.get("model"), None)
+    name = _reconcile(path, "--model", name, flags.get("model"), None)
     if name is None:
         raise ValueError(f"{path} does not say which network it is of: name it with --model.")
     check_name(name)
-    size = _agreed(path, "--input-size", input_size, flags.get("input_size"), 224)
+    size = _reconcile(path, "--input-size", input_size, flags.get("input_size"), 224)
     weights = checkpoint.weights_in(content, path)
     if ema:
         if "model_ema" not in content:
@@ -94,26 +97,27 @@ def load(path, name=None, input_size=None, classes=None, ema=False):
 
 
 def _description(data_set, size, num_classes, classes):
-    """What timm's `pretrained_cfg` says of a trained network: the evaluation view and the classes."""
-    mean, std = FIXMATCH.get(data_set, IMAGENET)
-    whole = {"crop_pct": 1.0, "crop_mode": "squash"} if data_set in FIXMATCH or size <= 32 else {"crop_pct": 0.875}
+    """Entries of timm's `pretrained_cfg` for a trained network: its evaluation view and its classes."""
+    colours = fixmatch_colours(data_set)
+    mean, std = colours or IMAGENET
+    whole = {"crop_pct": 1.0, "crop_mode": "squash"} if colours or size <= 32 else {"crop_pct": 0.875}
     names = {"label_names": tuple(classes)} if classes else {}
     return {"input_size": (3, size, size), "mean": mean, "std": std, "num_classes": num_classes, **whole, **names}
 
 
 def add_flags(parser):
-    """The flags by which a tool takes a checkpoint, for `from_flags`."""
+    """Add the flags by which a tool names a checkpoint; `from_flags` reads them."""
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="FILE",
         help="checkpoint.pth of a run, the authors' file or an exported model.safetensors; a path or URL")  # fmt: skip
-    add("--classes", metavar="FILE", help="names of the classes, one a line, where the checkpoint has none")
-    add("--model", metavar="NAME", help="the network, only where the checkpoint does not tell (a bare state dict)")
-    add("--input-size", type=int, metavar="PIXELS", help="side of its images, likewise (224)")
-    add("--ema", action="store_true", help="the averaged weights instead of the raw ones")
+    add("--classes", metavar="FILE", help="text file of class names, one a line, where the checkpoint has none")
+    add("--model", metavar="NAME", help="name of the network, where the checkpoint is a bare state dict")
+    add("--input-size", type=int, metavar="PIXELS", help="side of its images, likewise (default: 224)")
+    add("--ema", action="store_true", help="use the averaged weights (EMA) instead of the raw ones")
 
 
 def from_flags(args):
-    """The Pretrained that the flags of `add_flags` ask for. Raises as `load`, and where --classes cannot be read."""
+    """Load the Pretrained of the flags of `add_flags`. Raises as `load`, and where --classes cannot be read."""
     return load(args.checkpoint, args.model, args.input_size, args.classes and _names(args.classes), args.ema)
 
 

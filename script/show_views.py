@@ -19,8 +19,9 @@ from torch.utils.data import default_collate
 
 import options
 import utils
-from datasets import MultiViewDataset, build_training_sets, validation_view
-from images.transforms import FIXMATCH, IMAGENET, DeviceFinish
+from datasets import MultiViewDataset, build_training_sets, fixmatch_colours, validation_view
+from images.fast_transforms import DeviceFinish
+from images.transforms import IMAGENET
 from script import picture
 
 try:
@@ -34,7 +35,7 @@ STRONG, MOST = 3, 50  # strong views of an image, rows of a sheet
 
 def _colours(images, data_set):
     """Normalised (N, 3, S, S) as colours 0..1, (N, S, S, 3)."""
-    mean, std = (torch.tensor(each).view(3, 1, 1) for each in FIXMATCH.get(data_set, IMAGENET))
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in fixmatch_colours(data_set) or IMAGENET)
     return (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 

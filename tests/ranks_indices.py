@@ -7,7 +7,7 @@ from pathlib import Path
 
 import semi_main
 import utils
-from images.loading import training_loader
+from images.loading import read_batches, training_loader
 from options import get_args_parser
 
 out, *words = sys.argv[1:]
@@ -21,5 +21,5 @@ for name, views, order in (
     loader = training_loader(
         views, order, 1, len(order), seed=args.seed, epoch=0, rank=run.rank, num_workers=0, pin_memory=False, stream=0
     )
-    seen[name] = [int(batch[-1]) for batch in loader]
+    seen[name] = [int(batch[-1]) for batch in read_batches(loader)]
 Path(out, f"rank{run.rank}.json").write_text(json.dumps(seen))

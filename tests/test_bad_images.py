@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import itertools
 import json
 import os
 
@@ -14,7 +15,7 @@ import semi_main as program
 from datasets import MultiViewDataset
 from images import decoding
 from images.decoding import UnreadableImage, read_rgb
-from images.loading import count_unreadable, evaluation_loader, to_device, training_loader, watched
+from images.loading import evaluation_loader, read_batches, to_device, training_loader
 from images.readers import FileSource, Samples
 from options import get_args_parser
 from samplers import training_order
@@ -192,22 +193,17 @@ def test_the_next_readable_image_of_the_same_list_stands_in(broken, given, views
     for _ in range(2):
         seen = [data[i] for i in range(4)]
         assert seen == [(*[index] * views, 10 * index, index) for index in given]
-    asked = [i for i in range(4) if data.indices[i] != given[i]]
-    assert set(data.replaced([0, 1, 2, 3], torch.tensor(given))) == broken & {7, 3, 5, 1}
-    assert [data.replaced([i], torch.tensor([given[i]])) != [] for i in range(4)] == [i in asked for i in range(4)]
-
-
-def test_what_lies_between_is_unreadable_too():
-    data = numbers(6, {4, 5, 0})
-    assert data[4][-1] == 1
-    assert data.replaced([4, 2], [1, 2]) == [4, 5, 0]
+    for i in range(4):
+        item, found = data.load(i)
+        between = itertools.takewhile(given[i].__ne__, [7, 3, 5, 1] * 2 if i == 0 else ([7, 3, 5, 1] * 2)[i:])
+        assert item == seen[i] and found == [(k, f"Cannot read the image {k}.jpg: it is broken") for k in between]
 
 
 def test_only_unreadable_images_end_in_words_not_in_a_circle():
     with pytest.raises(UnreadableImage, match="^None of the 5 images in ROOT can be read.$"):
         numbers(5, range(5))[3]
     with pytest.raises(UnreadableImage, match="^At least 3 of 1000 images in ROOT cannot be read and --max-bad-images "
-                       "allows 2: 3.jpg, 4.jpg, 5.jpg; script/check_images.py finds all.$"):  # fmt: skip
+                       "allows 2: 3.jpg, 4.jpg, 5.jpg; python -m script.check_images finds all.$"):  # fmt: skip
         numbers(1000, range(1000), tolerated=2)[3]
     with pytest.raises(UnreadableImage, match="^At least 1 .* allows 0: 3.jpg; "):
         numbers(5, {3}, tolerated=0)[3]
@@ -233,7 +229,7 @@ def epoch(data, workers=0, batch=4, steps=3, epoch=0):
     """Indices of one epoch's batches, repeated augmentation off."""
     loader = training_loader(data, training_order(len(data)), batch, steps, seed=0, epoch=epoch, rank=0,
                              num_workers=workers, pin_memory=False, stream=0)  # fmt: skip
-    batches = list(to_device(watched(loader), torch.device("cpu")))
+    batches = list(to_device(read_batches(loader), torch.device("cpu")))
     assert len(batches) == steps
     for *views, targets, indices in batches:
         assert all(view.tolist() == indices.tolist() for view in views) and torch.equal(targets, 10 * indices)
@@ -251,10 +247,10 @@ def test_an_epoch_with_broken_images(workers, capsys):
     told = capsys.readouterr().out.splitlines()
     words = "it is broken; the next readable image stands in for it."
     assert sorted(told) == [f"[rank 0] Cannot read the image {i}.jpg: {words}" for i in (11, 3, 4)]  # each once
-    assert count_unreadable(data, None) == 3
-    assert capsys.readouterr().out == "Unreadable images in this epoch: 3.\n"
-    assert epoch(data, workers) == expected and capsys.readouterr().out == ""  # told of before
-    assert [count_unreadable(data), count_unreadable(data)] == [3, 0]
+    assert data.bad_images.end_epoch() == 3
+    assert epoch(data, workers) == expected and capsys.readouterr().out == ""  # printed before
+    assert [data.bad_images.end_epoch(), data.bad_images.end_epoch()] == [3, 0]
+    assert data.bad_images.known == {3, 4, 11}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -263,17 +259,26 @@ def test_more_than_tolerated_over_several_steps_end_the_run(workers):
     with pytest.raises(UnreadableImage) as refusal:
         epoch(numbers(12, {1, 5, 9}, tolerated=2), workers)
     assert str(refusal.value) == ("At least 3 of 12 images in ROOT cannot be read and --max-bad-images allows 2: "
-                                  "1.jpg, 5.jpg, 9.jpg; script/check_images.py finds all.")  # fmt: skip
+                                  "1.jpg, 5.jpg, 9.jpg; python -m script.check_images finds all.")  # fmt: skip
 
 
 def test_other_processes_images_count_at_the_end_of_the_epoch(monkeypatch):
-    data = numbers(12, {1, 5, 9}, tolerated=2)
-    data.met = {1}
-    monkeypatch.setattr("images.loading.gather", lambda met: [met, {5}])
-    assert count_unreadable(data) == 2 and data.unreadable == {1, 5} and data.met == set()
-    monkeypatch.setattr("images.loading.gather", lambda met: [met, {9}])
+    bad = numbers(12, {1, 5, 9}, tolerated=2).bad_images
+    bad.met = {1}
+    monkeypatch.setattr("images.bad_images.gather", lambda met: [met, {5}])
+    assert bad.end_epoch() == 2 and bad.known == {1, 5} and bad.met == set()
+    monkeypatch.setattr("images.bad_images.gather", lambda met: [met, {9}])
     with pytest.raises(UnreadableImage, match="At least 3 of 12 .*: 1.jpg, 5.jpg, 9.jpg; "):
-        count_unreadable(data)
+        bad.end_epoch()
+
+
+def test_the_count_of_a_checkpoint_goes_on(capsys):
+    data = numbers(12, {1, 5, 9}, tolerated=2)
+    data.bad_images.restore([5, 9, 12, 40])  # a shorter list has no image 12
+    assert data.bad_images.known == {5, 9}
+    with pytest.raises(UnreadableImage, match="At least 3 of 12 .*: 1.jpg, 5.jpg, 9.jpg; "):
+        epoch(data)
+    assert capsys.readouterr().out.count("stands in for it") == 1  # the other two were printed before the resume
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -281,26 +286,9 @@ def test_a_workers_error_is_one_sentence(workers):
     loader = evaluation_loader(numbers(5, {3}, tolerated=None), 2, world=1, rank=0, num_workers=workers,
                                pin_memory=False)  # fmt: skip
     with pytest.raises(UnreadableImage) as refusal:
-        list(watched(loader))
+        list(read_batches(loader))
     assert str(refusal.value) == ("Cannot read the image 3.jpg: it is broken; evaluation replaces no image: mend or "
                                   "remove this one.")  # fmt: skip
-
-
-def test_a_disk_that_changes_its_mind_is_told_of(capsys):
-    data = numbers(4, {2})
-    source = data.samples.source
-    loader = training_loader(data, training_order(4), 4, 1, seed=0, epoch=0, rank=0, num_workers=0, pin_memory=False,
-                             stream=0)  # fmt: skip
-    load, loads = source.load, []
-
-    def once_broken(i):
-        loads.append(i)
-        source.broken = {2} if loads.count(2) == 1 else set()
-        return load(i)
-
-    source.load = once_broken
-    list(watched(loader))
-    assert "2.jpg could not be read, and now it can: look after its disk" in capsys.readouterr().out
 
 
 def test_shares_and_numbers_of_tolerated_images():
@@ -356,7 +344,7 @@ def test_too_many_end_the_program_with_one_sentence(tree):
                      "--num_workers", "2", check=False)  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("semi_main.py: error: At least 1 of 12 images in ")
-    assert "Traceback" not in done.stderr and "script/check_images.py" in done.stderr
+    assert "Traceback" not in done.stderr and "script.check_images" in done.stderr
 
 
 def test_a_broken_validation_image_ends_the_program_with_one_sentence(tree):

@@ -65,7 +65,7 @@ def test_the_file_has_the_published_keys_and_replaces_the_old_one_whole(tmp_path
     path, state = tmp_path / "checkpoint.pth", state_of()
     checkpoint.save(state.to_dict(argparse.Namespace()), path)
     published = {"model", "optimizer", "lr_scheduler", "epoch", "model_ema", "args"}
-    assert set(checkpoint.read(path)) == published | {"scaler", "best", "classes"}
+    assert set(checkpoint.read(path)) == published | {"scaler", "best", "classes", "bad_images"}
     assert os.listdir(tmp_path) == ["checkpoint.pth"]
     before = path.read_bytes()
     monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("No space left on device")))

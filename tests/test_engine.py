@@ -428,8 +428,8 @@ def test_a_report_comes_with_the_lines_and_has_the_means_since_the_last():
                                autocast=nullcontext, **settings), state  # fmt: skip
 
     seen, single = [], []
-    meters, state = epoch(report=lambda step, scalars: seen.append((step, scalars)))
-    epoch(report=lambda step, scalars: single.append(scalars), print_freq=1)
+    meters, state = epoch(write=lambda step, scalars: seen.append((step, scalars)))
+    epoch(write=lambda step, scalars: single.append(scalars), print_freq=1)
     without, same = epoch()
     assert meters == without and "grad_norm" not in meters
     assert all(torch.equal(a, b) for a, b in zip(state.model.parameters(), same.model.parameters()))

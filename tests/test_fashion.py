@@ -77,7 +77,9 @@ def test_another_set_in_this_format_names_its_classes(tmp_path):
 
 def test_what_cannot_be_downloaded_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(fashion.FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
-    with pytest.raises(FileNotFoundError, match="no train-images.* in .*Debian's dataset-fashion") as caught:
+    with pytest.raises(
+        FileNotFoundError, match="no folder .*FashionMNIST .--data-path.*idx files into .*Debian's dataset-fashion"
+    ) as caught:
         fashion.fashion(tmp_path, "train")
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())

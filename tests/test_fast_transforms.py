@@ -10,22 +10,12 @@ from PIL import Image
 from timm.data.random_erasing import RandomErasing
 from torchvision import transforms as vision
 
-from datasets import build_training_sets, build_validation_set
-from images import decoding
+from datasets import DATA_SETS, build_training_sets, build_validation_set
+from images import decoding, fast_transforms
 from images.decoding import UnreadableImage, check_turbo, read_pixels, read_rgb
-from images.loading import to_device, training_loader, watched
-from images.transforms import (
-    FIXMATCH,
-    IMAGENET,
-    DeviceFinish,
-    draw_rectangles,
-    eval_view,
-    fast_eval_view,
-    fast_train_view,
-    fast_weak_view,
-    train_view,
-    weak_view,
-)
+from images.fast_transforms import DeviceFinish, draw_rectangles
+from images.loading import read_batches, to_device, training_loader
+from images.transforms import IMAGENET, eval_view, train_view, weak_view
 from options import get_args_parser
 from samplers import training_order
 from tests.trees import broken_images, draw, tree
@@ -33,6 +23,7 @@ from utils import seed_everything
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
+COLOURS = {name: row.colours for name, row in DATA_SETS.items() if row.colours}
 SIZES = [(500, 375), (375, 500), (300, 290), (90, 61), (61, 300)]
 
 
@@ -78,28 +69,28 @@ def levels(view, fast, image, seeds):
 @pytest.mark.parametrize("width, height", SIZES)
 def test_fast_views_crop_and_flip_as_the_pil_ones_and_are_a_few_levels_off(width, height, size, make):
     image = make(width, height)
-    assert levels(weak_view(size), fast_weak_view(size), image, 6) <= 2
-    assert levels(eval_view(size), fast_eval_view(size), image, 1) <= 2
+    assert levels(weak_view(size), fast_transforms.weak_view(size), image, 6) <= 2
+    assert levels(eval_view(size), fast_transforms.eval_view(size), image, 1) <= 2
     for interpolation in ("bicubic", "random"):
         strong = train_view(size, "none", 0.0, interpolation, reprob=0.0)
-        assert levels(strong, fast_train_view(strong), image, 10) <= 6
+        assert levels(strong, fast_transforms.train_view(strong), image, 10) <= 6
 
 
 def test_levels_would_tell_another_crop():
     strong = train_view(48, "none", 0.0, reprob=0.0)
-    other = vision.Compose([lambda image: (random.random(), image)[1], *fast_train_view(strong).transforms])
+    other = vision.Compose([lambda image: (random.random(), image)[1], *fast_transforms.train_view(strong).transforms])
     assert levels(strong, other, smooth(90, 61), 3) > 20
 
 
 @pytest.mark.parametrize("flags", [{}, {"aa": "augmix-m5-w4-d2"}, {"aa": "none", "color_jitter": 0.4}])
 def test_the_policy_is_pillows(flags):
     view = train_view(48, **flags)
-    crop, flip, *_ = fast_train_view(view).transforms
+    crop, flip, *_ = fast_transforms.train_view(view).transforms
     policy = view.transforms[2]
     assert type(policy).__name__ in ("RandAugment", "AugMixAugment", "ColorJitter")
     for seed in range(8):
         seed_everything(seed)
-        seen = fast_train_view(view)(pixels(noise(90, 61)))
+        seen = fast_transforms.train_view(view)(pixels(noise(90, 61)))
         seed_everything(seed)
         small = flip(crop(pixels(noise(90, 61))))
         expected = pixels(policy(Image.fromarray(small.permute(1, 2, 0).numpy())))
@@ -108,9 +99,9 @@ def test_the_policy_is_pillows(flags):
 
 def test_small_images_are_evaluated_as_they_are():
     image = pixels(noise(32, 32))
-    assert torch.equal(fast_eval_view(32)(image), image)
+    assert torch.equal(fast_transforms.eval_view(32)(image), image)
     with pytest.raises(ValueError, match="--input-size 32 .*40x32"):
-        fast_eval_view(32)(pixels(noise(40, 32)))
+        fast_transforms.eval_view(32)(pixels(noise(40, 32)))
 
 
 # -------------------------------------------------------------------------------- decoding
@@ -226,7 +217,7 @@ def batch(n=12, side=24, views=2, seed=0):
     return *shown, torch.arange(n), torch.arange(n) + 100
 
 
-@pytest.mark.parametrize("colours", [IMAGENET, FIXMATCH["CIFAR10"]])
+@pytest.mark.parametrize("colours", [IMAGENET, COLOURS["CIFAR10"]])
 def test_normalised_to_the_bit_as_the_pil_views(colours):
     given = batch()
     finished = DeviceFinish(0, CPU, colours)(given)
@@ -300,7 +291,7 @@ def seen(args, views, workers=0, epoch=0):
     order = training_order(len(views), repeated_aug=False)
     numbers = {"seed": args.seed, "epoch": epoch, "rank": 0, "stream": 1}
     loader = training_loader(views, order, 4, 2, **numbers, num_workers=workers, pin_memory=False)
-    return list(to_device(watched(loader), CPU, views.finish, tuple(numbers.values())))
+    return list(to_device(read_batches(loader), CPU, views.finish, tuple(numbers.values())))
 
 
 def test_batches_of_the_fast_backend(tmp_path):
@@ -337,7 +328,7 @@ def test_an_unreadable_jpeg_is_replaced(tmp_path):
 
 def test_arrays_have_nothing_to_decode(tmp_path):
     draw(tmp_path / "x.png")
-    for name in FIXMATCH:
+    for name in COLOURS:
         for build in (lambda args: build_training_sets(args, True), build_validation_set):
             with pytest.raises(ValueError, match=f"--data-backend fast means nothing to --data-set {name}"):
                 build(sets(tmp_path, "--data-set", name))

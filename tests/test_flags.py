@@ -7,7 +7,6 @@ import re
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -154,7 +153,7 @@ def described(words):
         with redirect_stdout(io.StringIO()) as printed:
             if args.output_dir:
                 Path(args.output_dir).mkdir()
-            semi_main.Run(args, CPU).describe()
+            semi_main.Run(args, CPU).print_plan()
         return next((line for line in printed.getvalue().splitlines() if words in line), None)
 
     return probe
@@ -358,8 +357,8 @@ def augmented_image(args):
     run = started(args)
     run.labelled.indices[:] = 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(semi_main, "train_one_epoch", lambda *inputs, **_: next(inputs[3])[0][0])
-        return run.train_epoch(0).tolist()
+        patch.setattr(semi_main, "train_one_epoch", lambda *inputs, **_: {"image": next(inputs[3])[0][0]})
+        return run.train_epoch(0)["image"].tolist()
 
 
 def with_a_broken_image(args):
@@ -421,7 +420,7 @@ def loaders(args):
         for name in ("training_loader", "evaluation_loader"):
             patch.setattr(semi_main, name, recorded)
         for name in ("train_one_epoch", "evaluate"):
-            patch.setattr(semi_main, name, lambda *_, **__: None)
+            patch.setattr(semi_main, name, lambda *_, **__: {})
         run.train_epoch(0)
         semi_main._evaluate(args, run.state.model, run.validation, CUDA, run.autocast)
     return seen
@@ -453,8 +452,7 @@ def average_after_a_step(args):
 
 
 def average_device(args):
-    run = SimpleNamespace(args=args, state=SimpleNamespace(model=Toy()))
-    return semi_main.Run._average(run).device
+    return semi_main._average(args, Toy()).device
 
 
 def gradient_is_clipped(args):

@@ -1,4 +1,4 @@
-"""Loaders: exactly the steps asked for, draws decided by the seed's numbers, each image evaluated once."""
+"""Loaders: exactly the steps asked for, draws that workers never change, each image evaluated once."""
 
 import random
 from contextlib import contextmanager
@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+import utils
 from images import loading
-from images.loading import evaluation_loader, to_device, training_loader
+from images.bad_images import BadImages
+from images.loading import evaluation_loader, read_batches, to_device, training_loader
 from samplers import training_order
 from utils import derived_seed, seed_everything
 
@@ -19,20 +21,20 @@ class Drawing:
     """`(image index, draws of Python, NumPy and torch)` where a data set would augment."""
 
     def __init__(self, n):
-        self.n = n
+        self.n, self.bad_images = n, BadImages(None, n, 0)
 
     def __len__(self):
         return self.n
 
-    def __getitem__(self, i):
-        return i, random.random(), np.random.rand(), torch.rand(()).item()
+    def load(self, i):
+        return (i, random.random(), np.random.rand(), torch.rand(()).item()), []
 
 
 def batches(n=20, batch=4, steps=3, workers=0, *, seed=0, epoch=0, rank=0, stream=0, world=2, repeated=False):
     order = training_order(n, world, rank, seed, repeated)
     loader = training_loader(Drawing(n), order, batch, steps, seed=seed, epoch=epoch, rank=rank,
                              num_workers=workers, pin_memory=False, stream=stream)  # fmt: skip
-    seen = list(loader)
+    seen = list(read_batches(loader))
     assert len(loader) == len(seen) == steps
     return [[column.tolist() for column in each] for each in seen]
 
@@ -58,26 +60,45 @@ def test_repeated_augmentation_of_a_small_set_fills_its_batches():
 
 
 @pytest.mark.parametrize("repeated", [True, False])
-def test_the_same_numbers_give_the_same_batches(repeated):
+def test_workers_and_other_draws_never_change_a_batch(repeated):
     def run(workers, noise):
         random.seed(noise), np.random.seed(noise), torch.manual_seed(noise)
-        if workers == 0:
-            seed_everything(0, 3, 1)  # as an epoch begins: without workers the draws are the main process's
         return batches(workers=workers, epoch=3, rank=1, repeated=repeated)
 
-    assert run(0, noise=1) == run(0, noise=2)
-    assert run(2, noise=1) == run(2, noise=2)
-    assert column(run(0, 1), 0) == column(run(2, 1), 0)  # the order does not depend on the workers
+    expected = run(0, noise=1)
+    assert run(0, noise=2) == run(1, noise=3) == run(2, noise=4) == expected
+
+
+def test_an_image_draws_by_the_seed_and_its_place_alone():
+    seen = batches(n=5, batch=5, steps=2, epoch=7, stream=1, world=1)
+    for place in range(10):
+        utils.seed_cpu(0, 7, 0, 1, place)
+        expected = random.random(), np.random.rand(), torch.rand(()).item()
+        assert tuple(column(seen, i)[place] for i in (1, 2, 3)) == pytest.approx(expected, abs=0)
+    assert batches(n=5, batch=2, steps=5, epoch=7, stream=1, world=1)[0][1] == seen[0][1][:2]  # not by the batch
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loading_leaves_the_draws_of_the_training_process_alone(workers):
+    def draws():
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    seed_everything(1)
+    expected = draws()
+    seed_everything(1)
+    loader = training_loader(Drawing(8), training_order(8), 4, 2, seed=0, epoch=0, rank=0, num_workers=workers,
+                             pin_memory=False, stream=0)  # fmt: skip
+    assert len(list(read_batches(loader))) == 2 and draws() == expected
 
 
 @pytest.mark.parametrize("change", [{"epoch": 1}, {"rank": 1}, {"stream": 1}, {"seed": 1}])
 def test_other_numbers_draw_something_else(change):
-    first, second = batches(workers=2), batches(workers=2, **change)
+    first, second = batches(), batches(**change)
     for library in (1, 2, 3):  # Python, NumPy, torch
         assert not set(column(first, library)) & set(column(second, library))
 
 
-def test_workers_and_libraries_draw_independently():
+def test_images_and_libraries_draw_independently():
     seen = batches(workers=2, batch=4, steps=4)
     for library in (1, 2, 3):
         draws = column(seen, library)
@@ -101,7 +122,7 @@ def test_evaluation_sees_each_image_once(world, workers):
     for rank in range(world):
         shard = {"world": world, "rank": rank}
         loader = evaluation_loader(Drawing(10), 4, **shard, num_workers=workers, pin_memory=False)
-        seen = [[c.tolist() for c in batch] for batch in loader]
+        seen = [[c.tolist() for c in batch] for batch in read_batches(loader)]
         assert all(len(batch[0]) == 4 for batch in seen[:-1])  # the short batch comes last
         ranks.append(column(seen, 0))
     assert sorted(index for rank in ranks for index in rank) == list(range(10))
@@ -114,7 +135,7 @@ def test_pinning_is_asked_for_or_not():
                                    num_workers=0, pin_memory=pin)  # fmt: skip
         evaluation = evaluation_loader(Drawing(4), 2, world=1, rank=0, num_workers=0, pin_memory=pin)
         assert training.pin_memory is evaluation.pin_memory is pin
-    unpinned = next(iter(evaluation_loader(Drawing(4), 2, world=1, rank=0, num_workers=0, pin_memory=False)))
+    unpinned = next(read_batches(evaluation_loader(Drawing(4), 2, world=1, rank=0, num_workers=0, pin_memory=False)))
     assert not any(tensor.is_pinned() for tensor in unpinned)
 
 

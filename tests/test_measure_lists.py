@@ -23,8 +23,9 @@ def test_an_entry_takes_its_path_and_four_numbers(tmp_path):
     assert held == {np.ndarray}
     assert samples.source._bytes.nbytes == n * len(samples.source.path(0)) == n * 31
     assert samples.source._ends.nbytes == samples.targets.nbytes == views.indices.nbytes == n * 8
-    assert (len(loader.sampler), loader.sampler.itemsize) == (n, 8)
-    assert sorted(loader.sampler) == list(range(n)) and type(loader.sampler[0]) is int
+    order = loader.dataset.order
+    assert (len(order), order.itemsize) == (n, 8)
+    assert sorted(order) == list(range(n)) and type(order[0]) is int
     assert samples.source.load(n - 1).size == (40, 36)
 
 

@@ -12,10 +12,10 @@ from PIL import Image, ImageOps
 from timm.data import auto_augment as timm_augment
 from timm.data import create_transform
 
+from datasets import DATA_SETS
 from images import transforms
 from images.randaugment import rand_augment
 from images.transforms import (
-    FIXMATCH,
     cifar_eval_view,
     cifar_strong_view,
     cifar_weak_view,
@@ -29,6 +29,7 @@ from utils import seed_everything
 torch.set_num_threads(1)
 MEAN = np.array([0.485, 0.456, 0.406])
 STD = np.array([0.229, 0.224, 0.225])
+COLOURS = {name: row.colours for name, row in DATA_SETS.items() if row.colours}
 
 
 def noise(width, height, seed=0):
@@ -339,12 +340,12 @@ def cifar_normalised(pixels, name):
     return torch.from_numpy(((pixels - mean) / std).transpose(2, 0, 1)).float()
 
 
-@pytest.mark.parametrize("name", FIXMATCH)
+@pytest.mark.parametrize("name", COLOURS)
 @pytest.mark.parametrize("size, side", [(32, 36), (48, 54), (224, 256)])
 @pytest.mark.parametrize("strong", [False, True])
 def test_cifar_views_equal_hand_made_ones(name, size, side, strong):
     image, flips = noise(32, 32), set()
-    view = (cifar_strong_view if strong else cifar_weak_view)(size, FIXMATCH[name])
+    view = (cifar_strong_view if strong else cifar_weak_view)(size, COLOURS[name])
     for seed in range(6):
         seed_everything(seed)
         seen = view(image)
@@ -362,12 +363,12 @@ def test_cifar_views_equal_hand_made_ones(name, size, side, strong):
     assert flips == {True, False}
 
 
-@pytest.mark.parametrize("name", FIXMATCH)
+@pytest.mark.parametrize("name", COLOURS)
 @pytest.mark.parametrize("size", [32, 16, 48, 224])
 def test_cifar_evaluation_view_equals_a_hand_made_one(name, size):
     image = noise(32, 32)
     expected = cifar_normalised(np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)), name)
-    seen = cifar_eval_view(size, FIXMATCH[name])(image)
+    seen = cifar_eval_view(size, COLOURS[name])(image)
     torch.testing.assert_close(seen, expected, atol=1e-5, rtol=0)
 
 
@@ -387,7 +388,7 @@ def test_strong_and_weak_are_drawn_independently():
 
 
 def cifar_views(size):
-    colours = FIXMATCH["CIFAR10"]
+    colours = COLOURS["CIFAR10"]
     return lambda image: cifar_strong_view(size, colours)(image) + cifar_weak_view(size, colours)(image)
 
 

@@ -15,8 +15,8 @@ import torch
 
 import utils
 from utils import (
+    EpochLog,
     Meters,
-    Progress,
     append_json_line,
     derived_seed,
     environment,
@@ -109,48 +109,67 @@ def test_ranks_are_merged_by_their_counts(monkeypatch):
     assert meters.count_over_ranks("loss") == 15
 
 
-# -------------------------------------------------------------------------------- progress
+# -------------------------------------------------------------------------------- the log of an epoch
+
+
+def run_epoch(log, items):
+    """Go through an epoch as the engine does; each step's loss is twice its number from 1."""
+    for step, item in enumerate(log.timed(items)):
+        log.add({"loss": (2.0 * (step + 1), 1), "nothing": (0.0, 0), "grad_norm": (5.0, 1)}, images=7)
+        if log.is_due(step):
+            log.print_line(step)
+        yield item
 
 
 @pytest.mark.parametrize(
     "total, every, printed",
     [(25, 10, [1, 11, 21, 25]), (21, 10, [1, 11, 21]), (1, 10, [1]), (4, 1, [1, 2, 3, 4]), (3, 50, [1, 3])],
 )
-def test_progress_prints_the_first_each_every_and_the_last(capsys, total, every, printed):
-    asked, seen = [], []
-
-    def figures():
-        asked.append(len(seen))
-        return {"loss": 2.0 * len(seen), "nothing": None}
-
-    for item in Progress("Epoch 3", total, every, figures)(range(100, 100 + total)):
-        seen.append(item)
-    lines = capsys.readouterr().out.splitlines()
-    assert seen == list(range(100, 100 + total))
+def test_a_line_is_printed_after_the_first_each_every_and_the_last_step(capsys, total, every, printed, monkeypatch):
+    log, asked = EpochLog(3, total, every), []
+    means = log._whole.means
+    monkeypatch.setattr(log._whole, "means", lambda: asked.append(int(log._whole._counts["loss"])) or means())
+    assert list(run_epoch(log, range(100, 100 + total))) == list(range(100, 100 + total))
     assert asked == printed  # the device is waited for only where a line is printed
-    width = len(str(total))
+    width, lines = len(str(total)), capsys.readouterr().out.splitlines()
     for line, step in zip(lines, printed, strict=True):
         assert line.startswith(f"Epoch 3 [{step:{width}d}/{total}]  eta: ")
-        assert f"  loss: {2.0 * step:.4g}  time: " in line and "nothing" not in line
+        assert f"  loss: {step + 1:.4g}  time: " in line and "nothing" not in line and "grad_norm" not in line
     assert "eta: 0:00:00" in lines[-1]
+    assert log.means() == {"loss": total + 1, "nothing": None}
 
 
 def test_eta_is_the_mean_step_times_what_is_left(capsys, monkeypatch):
     clock = iter(range(0, 10_000, 60))  # every look at the clock is a minute after the one before
     monkeypatch.setattr(utils.time, "perf_counter", lambda: next(clock))
-    list(Progress("", 3, 1)("abc"))
-    # Looks: start; then data, step, eta, last of each item, so the eta is asked at 3, 7 and 11 minutes.
-    etas = re.findall(r"eta: (\S+)", capsys.readouterr().out)
-    assert etas == ["0:06:00", "0:03:30", "0:00:00"]
+    seen = []
+    log = EpochLog(0, 3, 1, write=lambda step, scalars: seen.append(scalars))
+    list(run_epoch(log, "abc"))
+    # Looks: start; then, for each item, after its wait, at its line, after the line, before the next wait.
+    assert re.findall(r"eta: (\S+)", capsys.readouterr().out) == ["0:04:00", "0:03:00", "0:00:00"]
+    assert [scalars["step_seconds"] for scalars in seen] == [120, 180, 180]
+    assert [scalars["data_seconds"] for scalars in seen] == [60, 60, 60]
 
 
-def test_progress_passes_an_error_on():
+def test_the_writer_gets_the_means_since_the_line_before(capsys):
+    seen = []
+    log = EpochLog(0, 12, 5, write=lambda step, scalars: seen.append((step, scalars)))
+    list(run_epoch(log, range(12)))
+    assert [step for step, _ in seen] == [0, 5, 10, 11]
+    assert [scalars["loss"] for _, scalars in seen] == [2.0, 8.0, 18.0, 24.0]
+    for _, scalars in seen:
+        assert scalars["grad_norm"] == 5.0 and scalars["nothing"] is None and "images" not in scalars
+        assert scalars["images_per_second"] == pytest.approx(7 / scalars["step_seconds"])
+        assert 0 <= scalars["data_seconds"] <= scalars["step_seconds"]
+
+
+def test_an_epoch_passes_an_error_on():
     def broken():
         yield 1
         raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
-        list(Progress("", 5)(broken()))
+        list(EpochLog(0, 5).timed(broken()))
 
 
 # -------------------------------------------------------------------------------- process group
@@ -270,6 +289,45 @@ def test_two_processes_join_count_and_print_once(alone, tmp_path):
 
 
 # -------------------------------------------------------------------------------- files
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with utils.atomic(path, before_rename=lambda: done.append(path.read_text())) as file:
+        done = []
+        file.write(b"new")
+        file.flush()
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and done == ["old"]
+    for error in (OSError("broken"), ValueError("wrong"), RuntimeError("torn")):
+        with pytest.raises(type(error), match=str(error)):
+            with utils.atomic(path, "--here") as file:
+                file.write(b"half")
+                raise error
+    with pytest.raises(
+        OSError, match="^Cannot write .*gone/file .No such file.*: make room there, or choose another --here"
+    ):
+        utils.write_atomic(tmp_path / "gone" / "file", "x", "--here")
+    assert path.read_text() == "new" and [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_generators_are_seeded_and_given_back():
+    def draws():
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    seed_everything(1)
+    expected = draws(), draws()
+    seed_everything(1)
+    first = draws()
+    with utils.preserved_cpu_generators():
+        utils.seed_cpu(2, 3)
+        inside = draws()
+    assert (first, draws()) == expected
+    utils.seed_cpu(2, 3)
+    assert draws() == inside
+    seed_everything(2, 3)
+    assert draws() == inside
 
 
 def test_json_lines_round_trip(tmp_path):

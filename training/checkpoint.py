@@ -1,4 +1,4 @@
-"""What survives: the training state, its saving and its loading, mirror images of each other."""
+"""The training state: what a checkpoint holds, how it is saved and how it is loaded."""
 
 import argparse
 import hashlib
@@ -15,25 +15,26 @@ import zipfile
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 
-from utils import print_main, sync_folder, write_atomic, writing
+from utils import atomic, print_main, write_atomic
 
-# What a published file may hold beside tensors and plain containers. None of these runs code when unpickled.
+# Classes that a published file may hold beside tensors and plain containers. None of these runs code when unpickled.
 SAFE_CLASSES = [argparse.Namespace, pathlib.Path, pathlib.PosixPath, pathlib.PurePosixPath]
 
-STATE_KEYS = ("optimizer", "lr_scheduler", "epoch")  # what a training state has beside the weights
+STATE_KEYS = ("optimizer", "lr_scheduler", "epoch")  # a complete training state has these beside its weights
 
 HEADS = {"head", "head_dist", "fc", "classifier", "conv_cls_head", "trans_cls_head"}
 
 
 @dataclass
 class TrainState:
-    """Everything a run needs to go on. No random state: an epoch starts from seeds made of (seed, epoch, rank).
+    """Everything that a run needs to resume. Random states are not saved: every epoch derives its own seeds.
 
     Attributes:
         model: the bare network.
@@ -42,6 +43,7 @@ class TrainState:
         epoch: last finished epoch, -1 before the first.
         best: {"acc1": best top-1 in percent, "epoch": its epoch}, of the raw weights.
         classes: names of the classes, in the order of their indices.
+        bad_images: {name of a training set: its BadImages}, whose known unreadable images are saved.
     """
 
     model: Any
@@ -52,9 +54,10 @@ class TrainState:
     epoch: int = -1
     best: dict = field(default_factory=lambda: {"acc1": 0.0, "epoch": -1})
     classes: tuple = ()
+    bad_images: dict = field(default_factory=dict)
 
     def to_dict(self, args):
-        """The published keys `model optimizer lr_scheduler epoch model_ema args`, and ours."""
+        """A checkpoint's content: the published keys `model optimizer lr_scheduler epoch model_ema args`, and ours."""
         content = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -63,19 +66,20 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             "best": self.best,
             "classes": list(self.classes),
+            "bad_images": {name: sorted(images.known) for name, images in self.bad_images.items()},
             "args": args,
         }
         if self.ema is not None:
             content["model_ema"] = self.ema.module.state_dict()
-        if hasattr(self.scheduler, "lr_scheduler"):  # timm's plateau leaves its counters out of its state.
+        if hasattr(self.scheduler, "lr_scheduler"):  # timm's plateau schedule does not save its counters.
             content["plateau"] = self.scheduler.lr_scheduler.state_dict()
         return content
 
     def from_dict(self, content, path):
-        """Take over weights and, where optimizer, schedule and epoch are all there, the whole state.
+        """Load a checkpoint's content: its weights and, where it has optimizer, schedule and epoch, the whole state.
 
-        `path` is named in the messages. Raises ValueError where a part is not of this network or optimizer, or
-        where the classes have other names.
+        `path` is the file's name for the messages. Raises ValueError where a part does not belong to this network or
+        optimizer, or where the classes have other names.
         """
         if differing := class_mismatch(classes_in(content), self.classes):
             raise ValueError(
@@ -105,35 +109,29 @@ class TrainState:
             self.scaler.load_state_dict(content["scaler"])
         self.epoch = content["epoch"]
         self.best = content.get("best", self.best)
+        for name, indices in content.get("bad_images", {}).items():
+            if name in self.bad_images:
+                self.bad_images[name].restore(indices)
 
 
 def save(content, path, previous=None):
-    """Write a checkpoint so that `path` is always whole: temporary name, sync, rename, sync of the folder.
+    """Write a checkpoint; `path` is complete at any moment, and the file that it held becomes `previous`, if given.
 
-    What `path` held before stays as `previous`, if that is given. Raises OSError naming the file where it cannot
-    be written; the files that were there stay as they are. A `.tmp` left by a kill is overwritten.
+    Raises OSError naming the file where it cannot be written; the files that were there stay as they are.
     """
-    temporary = f"{path}.tmp"
-    with writing(path):
+    with atomic(path, before_rename=previous and partial(_keep, path, previous)) as file:
         try:
-            with open(temporary, "wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            if previous is not None and os.path.exists(path):
-                _keep(path, previous)
-            os.replace(temporary, path)
-            sync_folder(os.path.dirname(path))
-        except (OSError, RuntimeError) as error:
-            with suppress(OSError):
-                os.remove(temporary)
-            if isinstance(error.__context__, OSError):  # Of a full disk torch.save says "unexpected pos".
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # on a full disk torch.save itself reports an "unexpected pos"
                 raise error.__context__ from error
             raise
 
 
 def _keep(path, previous):
-    """Let `previous` be the file that `path` is, without a moment in which either name is missing."""
+    """Let `previous` name the file that `path` names, without a moment in which either name is missing."""
+    if not os.path.exists(path):
+        return
     temporary = f"{previous}.tmp"
     with suppress(FileNotFoundError):
         os.remove(temporary)
@@ -141,23 +139,23 @@ def _keep(path, previous):
         os.link(path, temporary)
         os.replace(temporary, previous)
     except OSError:
-        # Some file systems have no hard links (exFAT, some network ones). There `path` is missing until the rename
-        # that follows, and a run killed in that moment goes on from `previous`.
+        # Some file systems (exFAT, some network ones) have no hard links. There `path` is missing until it is
+        # replaced, and a run that is killed in between resumes from `previous`.
         os.replace(path, previous)
     with suppress(FileNotFoundError):
-        os.remove(temporary)  # A rename between two names of one file, as after a kill, leaves both.
+        os.remove(temporary)  # renaming one hard link onto another of the same file leaves both
 
 
 def fetch(path_or_url):
-    """The local path of a checkpoint; one at an http(s) URL is downloaded, once, into torch.hub's checkpoints.
+    """The local path of a checkpoint. An http(s) URL is downloaded, once, into torch.hub's folder of checkpoints.
 
-    Several processes may do so at once: each renames a whole file of its own into place.
-    Raises OSError naming the URL where the download fails or breaks off.
+    Several processes may do so at the same time, because each renames a complete file of its own into place.
+    Raises OSError naming the URL where the download fails or is incomplete.
     """
     url = str(path_or_url)
     if not url.startswith(("http://", "https://")):
         return path_or_url
-    # The file name alone would not do: most are called checkpoint.pth.
+    # With a hash of the URL, because most files are called checkpoint.pth.
     name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{os.path.basename(urlsplit(url).path)}"
     path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
     if os.path.isfile(path):
@@ -167,7 +165,7 @@ def fetch(path_or_url):
     temporary = f"{path}.{uuid.uuid4().hex}"
     print_main(f"Downloading {url} to {path}.")
     try:
-        # Not torch.hub.download_url_to_file, which takes a connection cut half-way for the end of the file.
+        # Not torch.hub.download_url_to_file, which takes a connection that breaks off for the end of the file.
         request = urllib.request.Request(url, headers={"User-Agent": "torch.hub"})
         with urllib.request.urlopen(request, timeout=60) as answer, open(temporary, "wb") as file:
             shutil.copyfileobj(answer, file)
@@ -184,9 +182,9 @@ def fetch(path_or_url):
 
 
 def _check_sums(path):
-    """Compare a zip file with its checksums, which torch.load ignores: a flipped bit would become a weight.
+    """Verify the checksums of a zip file, which torch.load ignores: a flipped bit would become a wrong weight.
 
-    0.3 s a GB from memory. A file of PyTorch before 1.6 is no zip file and has no checksums.
+    It takes 0.3 s per GB. Files of PyTorch before 1.6 are not zip files and have no checksums.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -195,17 +193,16 @@ def _check_sums(path):
             raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
 
 
-# What the readers of zip, pickle and tensors raise on damaged bytes.
+# The errors that the readers of zip files, pickles and tensors raise on damaged bytes.
 DAMAGE = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError, ArithmeticError,
           MemoryError, struct.error, zlib.error, zipfile.BadZipFile)  # fmt: skip
 
 
 def read(path):
-    """Read a checkpoint, a path or URL, onto the CPU without running anything pickled in it.
+    """Read a checkpoint, a path or URL, into CPU memory, without executing anything pickled in it.
 
-    A file that ends in .safetensors is one of `save_safetensors`.
-
-    Raises OSError or ValueError naming the file: not there, not readable, damaged, or holding foreign classes.
+    A name that ends in .safetensors means a file of `save_safetensors`. Raises OSError or ValueError naming the file
+    where it is missing, unreadable or damaged, or holds other classes than SAFE_CLASSES.
     """
     path = fetch(path)
     if not os.path.isfile(path):
@@ -217,7 +214,7 @@ def read(path):
         with torch.serialization.safe_globals(SAFE_CLASSES):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # PyTorch's own words recommend to trust the file.
+        # PyTorch's own message recommends to load the file unsafely.
         if foreign := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
                 f"Refused to load {path}: it holds {foreign[1]}, more than weights and plain values; "
@@ -241,12 +238,14 @@ def _safetensors():
 
 
 def save_safetensors(weights, about, path):
-    """Write a state dict and what else `read` shall give of it, {"classes", "epoch", "args": a dict}, as safetensors.
+    """Write a state dict as a safetensors file.
 
+    Args:
+        about: what `read` returns beside the weights, {"classes", "epoch", "args": a dict}.
     Raises OSError naming the file, ValueError where the package is missing.
     """
     tensors = {key: value.contiguous() for key, value in weights.items()}
-    metadata = {"format": "pt", "semiformer": json.dumps(about, default=str)}  # transformers wants a format
+    metadata = {"format": "pt", "semiformer": json.dumps(about, default=str)}  # transformers expects a format
     write_atomic(path, _safetensors().torch.save(tensors, metadata), "--output")
 
 
@@ -263,7 +262,7 @@ def _read_safetensors(path):
 
 
 def weights_in(content, path):
-    """The state dict in a checkpoint: under `model`, or the file itself if it is a bare one."""
+    """The state dict in a checkpoint's content: its entry `model`, or the content itself; ValueError without one."""
     weights = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not weights or not all(torch.is_tensor(value) for value in weights.values()):
         raise ValueError(f"{path} holds no state dict: neither under 'model' nor as the file itself.")
@@ -271,14 +270,14 @@ def weights_in(content, path):
 
 
 def classes_in(content):
-    """The names of the classes that a checkpoint holds, a list; None in a bare state dict and in the authors' files."""
+    """The class names in a checkpoint's content, a list; None in a bare state dict and in the authors' files."""
     classes = content.get("classes") if isinstance(content, dict) else None
     named = isinstance(classes, list) and classes and all(isinstance(name, str) for name in classes)
     return classes if named else None
 
 
 def class_mismatch(there, here):
-    """The first class whose name in a checkpoint is not that of the data, in words; "" if all agree or are unknown."""
+    """A description of the first class that a checkpoint and the data name differently; "" where there is none."""
     for i, (old, new) in enumerate(zip(there or (), here or ())):
         if old != new:
             return f"whose class {i} is {old!r} there and {new!r} here"
@@ -286,12 +285,12 @@ def class_mismatch(there, here):
 
 
 def is_head(key):
-    """Whether the tensor of this name belongs to a classification head, ours or one of timm's."""
+    """Whether the tensor of this name belongs to a classification head, of our networks or of timm's."""
     return not HEADS.isdisjoint(key.split("."))
 
 
 def load_weights(model, weights, path):
-    """Load a state dict that must fit exactly; ValueError says how it does not: classes, keys, shapes."""
+    """Load a state dict that must fit exactly. Raises ValueError naming the classes, keys or shapes that differ."""
     own = model.state_dict()
     missing = [key for key in own if key not in weights]
     extra = [key for key in weights if key not in own]

@@ -1,51 +1,49 @@
-"""Start-up files: weights another training left behind, taken over before the first step.
+"""Initial weights from files: --finetune, --dino-load, --semiformer-load, --resnet-load and --warmup-model-load.
 
-Each demands what its flag promises: what does not fit is an error with the file, the flag and the first keys.
+What a flag promises to load must be in the file and fit; else an error names the flag, the file and the first keys.
 """
 
 import math
 import re
 
-import torch
-from torch.nn import functional as F
+from timm.layers import resample_abs_pos_embed
 
 from training import checkpoint
-from utils import print_main
-
-NOT_GIVEN = ("", "None")  # released code: a path flag that is not given is the string "None"
+from utils import given, print_main
 
 
 def initial_weight_files(args):
-    """[(flag, file)] of the start-up files, in the order in which they load.
+    """[(flag, file)] of the flags, in the order in which they are loaded.
 
     Raises ValueError for a `--*-load` without its file and for a file without its flag.
     """
-    files = [("--finetune", args.finetune)] if args.finetune not in NOT_GIVEN else []
-    for flag in list(LOADS)[1:]:
+    files = [("--finetune", args.finetune)] if given(args.finetune) else []
+    for flag in list(LOADERS)[1:]:
         name = flag.strip("-").replace("-", "_")
         asked, file = getattr(args, name), getattr(args, f"{name}_file")
-        if asked and file in NOT_GIVEN:
+        if asked and not given(file):
             raise ValueError(f"{flag} needs a file: add {flag}-file FILE.")
-        if not asked and file not in NOT_GIVEN:
+        if not asked and given(file):
             raise ValueError(f"{flag}-file {file} is read with {flag} only: add {flag}, or leave the file out.")
         files += [(flag, file)] if asked else []
     return files
 
 
 def load_initial_weights(args, model):
-    """Load the start-up files of the flags into the bare network; a later file wins over an earlier one.
+    """Load the files of the flags into the bare network. Where two have the same tensor, the later file wins.
 
-    Says what each gave. Raises ValueError or OSError naming flag and file where one is missing or does not fit.
+    Prints what each file contributed. Raises ValueError or OSError naming flag and file where one is missing or does
+    not fit.
     """
-    # ours: the network is in train mode all along; the released code leaves it in eval mode in the supervised
-    # phase after --finetune.
+    # ours: the network stays in train mode; the released code leaves it in eval mode in the supervised phase after
+    # --finetune.
     for flag, file in initial_weight_files(args):
         name = f"{flag} {file}"
         try:
             content = checkpoint.read(file)
         except (ValueError, OSError) as error:
             raise type(error)(f"{flag}: {error}") from error
-        LOADS[flag](model, checkpoint.weights_in(content, name), name)
+        LOADERS[flag](model, checkpoint.weights_in(content, name), name)
 
 
 def _abbreviated(keys):
@@ -53,32 +51,30 @@ def _abbreviated(keys):
 
 
 def _load_except(model, weights, kept, name, unused=()):
-    """Load `weights`, which must be all of the network but the keys in `kept`; `unused` ones are only told."""
+    """Load `weights`, which must be all of the network's tensors but those in `kept`; `unused` is printed."""
     own = model.state_dict()
     checkpoint.load_weights(model, {key: own[key] for key in kept} | weights, name)
     left = f"; left as they were: {_abbreviated(kept)}" if kept else ""
-    told = f"; not used: {_abbreviated(unused)}" if unused else ""
-    print_main(f"{name}: {len(weights)} of {len(own)} tensors taken{left}{told}.")
+    ignored = f"; not used: {_abbreviated(unused)}" if unused else ""
+    print_main(f"{name}: {len(weights)} of {len(own)} tensors taken{left}{ignored}.")
 
 
 def _resized(positions, length, prefix, name):
-    """Position embedding (1, prefix + h*h, E) -> (1, length, E): the square grid bicubically, the prefix as it is.
+    """Position embedding (1, prefix + h*h, E) -> (1, length, E): the square grid bicubically, the prefix unchanged.
 
-    Raises ValueError where a side is no square grid.
+    Raises ValueError where either grid is not square.
     """
     if positions.ndim != 3 or positions.shape[1] == length:
         return positions
-    grid = positions[:, prefix:]
-    old, new = math.isqrt(grid.shape[1]), math.isqrt(length - prefix)
-    if not old or old**2 != grid.shape[1] or new**2 != length - prefix:
+    patches = positions.shape[1] - prefix
+    old, new = math.isqrt(max(patches, 0)), math.isqrt(length - prefix)
+    if not old or old**2 != patches or new**2 != length - prefix:
         raise ValueError(
-            f"{name}: pos_embed cannot be resized from {grid.shape[1]} to {length - prefix} patches, for these are "
+            f"{name}: pos_embed cannot be resized from {patches} to {length - prefix} patches, for these are "
             "no two square grids; check --model and --input-size."
         )
-    grid = grid.float().transpose(1, 2).unflatten(2, (old, old))  # (1, L, E) -> (1, E, h, h)
-    grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
     print_main(f"{name}: pos_embed resized from {old}x{old} to {new}x{new}.")
-    return torch.cat([positions[:, :prefix].float(), grid.flatten(2).transpose(1, 2)], dim=1)
+    return resample_abs_pos_embed(positions.float(), [new, new], num_prefix_tokens=prefix, antialias=False)
 
 
 def _layer(key):
@@ -86,10 +82,10 @@ def _layer(key):
 
 
 def _finetune(model, weights, name):
-    """Everything, but heads of another shape; a position embedding of another length is resized."""
+    """Load everything but heads of another shape; a position embedding of another length is resized."""
     own = model.state_dict()
     if "pos_embed" in own and "pos_embed" in weights:
-        # A timm ViT has positions of its class token in front, the PE variant none.
+        # The position embedding of a timm ViT begins with that of its class token; the PE variant has none for it.
         prefix = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 0)
         length = own["pos_embed"].shape[1]
         weights = weights | {"pos_embed": _resized(weights["pos_embed"], length, prefix, name)}
@@ -104,7 +100,7 @@ def _finetune(model, weights, name):
 
 
 def _stream_name(key):
-    """What a two-stream network calls a ViT's tensor: blocks.0 -> trans_1, blocks.1 -> conv_trans_2.trans_block."""
+    """The name in a two-stream network of a ViT's tensor: blocks.0 -> trans_1, blocks.1 -> conv_trans_2.trans_block."""
     block = re.fullmatch(r"blocks\.(\d+)\.(.+)", key)
     if not block:
         return f"trans_{key}" if key.startswith("norm.") else key
@@ -113,8 +109,8 @@ def _stream_name(key):
 
 
 def _dino(model, weights, name):
-    """A ViT's blocks, norm and class token (PE variant: and positions) into the transformer stream, all of it."""
-    # ours: by name. The released code maps by position.
+    """Load a ViT's blocks, norm, class token (PE variant: and positions) into the whole transformer stream."""
+    # ours: mapped by name; the released code maps by position.
     if not hasattr(model, "trans_1"):
         raise ValueError(f"{name} is for two-stream networks, and this --model has one stream: use --finetune.")
     plain = ("cls_token", "pos_embed", "blocks.", "norm.", "patch_embed.", "head.")
@@ -124,11 +120,11 @@ def _dino(model, weights, name):
             f"{name} is no plain ViT: it holds {_abbreviated(foreign)}; give a state dict with timm's names."
         )
     own = model.state_dict()
-    # Patch embedding and head have no counterpart, nor have blocks beyond the network's own: ConvMixer has 11 of 12.
+    # The patch embedding and the head have no counterpart, nor has a block more than the network has (ConvMixer: 11).
     unused = [key for key in weights if not hasattr(model, _stream_name(key).split(".")[0])]
     taken = {_stream_name(key): weights[key] for key in weights if key not in unused}
     if "pos_embed" in taken:
-        # The network adds its positions before the class token joins: the ViT's first one has no place.
+        # The network adds positions before it prepends the class token, so the ViT's first position is left out.
         taken["pos_embed"] = _resized(taken["pos_embed"][:, 1:], own["pos_embed"].shape[1], 0, name)
     stream = ("cls_token", "pos_embed", "trans_norm.", "trans_1.")
     kept = [key for key in own if not (key.startswith(stream) or ".trans_block." in key)]
@@ -136,31 +132,31 @@ def _dino(model, weights, name):
 
 
 def _semiformer(model, weights, name):
-    """Everything but the heads."""
+    """Load everything but the heads."""
     heads = [key for key in weights if "cls_head" in key]
     kept = [key for key in model.state_dict() if "cls_head" in key]
     _load_except(model, {key: weights[key] for key in weights if key not in heads}, kept, name, heads)
 
 
 def _resnet(model, weights, name):
-    """Everything but `fc`; keys with myresnet's `model.` in front (published) and without it (torchvision, timm)."""
+    """Load everything but `fc`; keys may have myresnet's prefix `model.` (published) or not (torchvision, timm)."""
     if all(key.startswith("model.") for key in weights):
         weights = {key.removeprefix("model."): value for key, value in weights.items()}
     own = list(model.state_dict())
     prefix = "model." if all(key.startswith("model.") for key in own) else ""
     unused = [key for key in weights if key.startswith("fc.")]
     taken = {prefix + key: weights[key] for key in weights if key not in unused}
-    # Files older than PyTorch 0.4.1 do not count batches, and no statistic here depends on the count.
+    # Files older than PyTorch 0.4.1 have no counts of batches, and no statistic here depends on them.
     uncounted = [key for key in own if key.endswith("num_batches_tracked") and key not in taken]
     _load_except(model, taken, [key for key in own if key.startswith(f"{prefix}fc.")] + uncounted, name, unused)
 
 
 def _warmup(model, weights, name):
-    """Everything, exactly."""
+    """Load everything; the file must fit exactly."""
     _load_except(model, weights, [], name)
 
 
-LOADS = {
+LOADERS = {
     "--finetune": _finetune,
     "--dino-load": _dino,
     "--semiformer-load": _semiformer,

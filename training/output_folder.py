@@ -1,4 +1,4 @@
-"""The output folder of a run: its files, the order in which they are written, and where a killed run goes on."""
+"""The output folder of a run: its files, the order in which they are written, and the checkpoint to resume from."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ LATEST, PREVIOUS, BEST, FORK = "checkpoint.pth", "checkpoint.prev.pth", "best.pt
 
 
 def newest(folder):
-    """The newest complete checkpoint of an output folder, a path; None where there is none at all.
+    """The path of the newest complete checkpoint of an output folder, None where the folder has no checkpoint.
 
-    That is checkpoint.pth. Where it is missing or damaged it is, of the other files that hold a whole training
-    state, the one of the latest epoch; the damaged ones are named. Raises ValueError where there are files but
-    none is complete.
+    That is checkpoint.pth. Where it is missing or damaged, the file of the latest epoch among the others that hold a
+    complete training state takes its place, and a warning names the damaged ones. Raises ValueError where there are
+    checkpoints but none is complete.
     """
     forks = sorted(Path(folder).glob(FORK.format("*")))
     found, epoch, damaged = None, None, []
@@ -43,9 +43,9 @@ def newest(folder):
 
 
 def resume_file(resume, folder):
-    """The checkpoint that --resume names or, on every rank the same, that `auto` finds in a folder; "" for none.
+    """The checkpoint to resume from, "" for none: the one that --resume names, or for `auto` the newest of the folder.
 
-    Raises ValueError for `auto` without a folder, and what `newest` does.
+    Every rank must call this and gets the same answer. Raises ValueError for `auto` without a folder, and as `newest`.
     """
     if resume != "auto":
         return resume
@@ -59,39 +59,42 @@ def resume_file(resume, folder):
 
 
 class Output:
-    """The files of a run. All ranks call its methods together, the main one writes, and its OSError is everyone's.
+    """The files of a run. All ranks call its methods together; the main one writes, and all raise its OSError.
 
-    Attributes:
-        folder: an existing folder, or None: nothing is kept.
+    Args:
+        folder: an existing folder; empty: nothing is written.
     """
 
     def __init__(self, folder):
         self.folder = Path(folder) if folder else None
 
-    def describe(self, content):
-        """Write run.json; `content` is called, on the main process alone, for what to write."""
+    def write_run_json(self, content):
+        """Write run.json. `content()` makes the object to write, on the main process alone."""
         if self.folder:
             utils.on_main(lambda: utils.write_json(self.folder / "run.json", content()))
 
     def trim(self, epoch):
-        """Take the lines of epochs after this one, which come again, and half-written ones out of log.txt."""
+        """Move the lines of later epochs, which a resumed run writes again, and incomplete lines out of log.txt."""
         dropped = utils.on_main(utils.trim_json_lines, self.folder / "log.txt", epoch) if self.folder else 0
         if dropped:
             print_main(
                 f"{self.folder / 'log.txt'}: {dropped} lines are not of epochs up to {epoch}, now in log.dropped.txt."
             )
 
-    def save(self, content, names, record=None, keep_previous=True):
-        """Write an epoch's log line, if it has one, then its checkpoints, in the order of `names`.
+    def log(self, record):
+        """Append an epoch's record to log.txt."""
+        if self.folder:
+            utils.on_main(utils.append_json_line, self.folder / "log.txt", record)
 
-        checkpoint.pth shall be the last name, for it stands for all: a run killed before it is in place repeats the
-        epoch. `content` is called, on the main process alone, for what to write; the checkpoint.pth that was there
+    def save(self, content, names, keep_previous=True):
+        """Write an epoch's checkpoints in the order of `names`.
+
+        checkpoint.pth should be the last name: a run that is killed before this file is in place repeats the epoch.
+        `content()` makes the state to write, on the main process alone. The checkpoint.pth of the epoch before
         becomes checkpoint.prev.pth.
         """
 
         def write():
-            if record is not None:
-                utils.append_json_line(self.folder / "log.txt", record)
             state = content()
             for name in names:
                 previous = self.folder / PREVIOUS if name == LATEST and keep_previous else None

@@ -1,14 +1,11 @@
-"""The curves of a training run for TensorBoard, an optional package: one event file a start of the run.
+"""Scalars of a training run for TensorBoard (an optional package), written by the main process.
 
-They are the main process's and come with the printed lines. That there are curves changes neither the weights nor
-log.txt.
+A run with --tensorboard has the same weights and the same log.txt as one without.
 """
 
 import importlib.util
 import resource
 import sys
-import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,68 +22,55 @@ def check(folder):
         raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard, or leave it out.")
 
 
-def memory():
-    """The most memory this process has held so far, in GiB: of the GPU where it uses one, else resident."""
+def peak_memory():
+    """The most memory that this process has used so far, in GiB: on the GPU where it uses one, else resident."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB elsewhere
 
 
-class Curves:
-    """The event file of this start of a run. All ranks make it together, the main one writes.
-
-    Each point is on the disk, as far as the system is concerned, when `add` returns: no thread holds any back, so a
-    failure to write is met here and not in a thread's traceback.
+class TensorBoardLog:
+    """The event file of one start of a run. All ranks create it together; only the main one writes.
 
     Args:
-        folder: OUTPUT/tensorboard; made where missing.
-        step: of the first point to come. TensorBoard takes out an earlier start's points from there on.
-    Raises OSError naming the file that cannot be written.
+        folder: OUTPUT_DIR/tensorboard; created where missing.
+        step: the first step to be written. TensorBoard discards what an earlier start wrote from there on.
+    Raises OSError naming the folder that cannot be written.
     """
 
     def __init__(self, folder, step):
-        self.path = Path(folder, f"events.out.tfevents.{time.time_ns()}")  # read in the order of their names
-        utils.on_main(self._begin, step)
+        self.folder, self._writer = Path(folder), None
+        utils.on_main(self._open, step)
 
-    def _begin(self, step):
-        from tensorboard.compat.proto.event_pb2 import SessionLog
+    def _open(self, step):
+        from torch.utils.tensorboard import SummaryWriter
 
-        with utils.writing(self.path):
-            self.path.parent.mkdir(exist_ok=True)
-        self._write(file_version="brain.Event:2")
-        self._write(step=step, session_log=SessionLog(status=SessionLog.START))
-
-    def _write(self, **content):
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        with utils.writing(self.path), open(self.path, "ab") as file:
-            RecordWriter(file).write(Event(wall_time=time.time(), **content).SerializeToString())
+        with utils.writing(self.folder):
+            self._writer = SummaryWriter(str(self.folder), purge_step=step)
+            self._writer.flush()
 
     def add(self, group, step, scalars):
-        """Add a point to the curve `<group>/<name>` of each scalar but None; nothing on the other ranks.
+        """Write {name: value or None} as the scalars `<group>/<name>` of a step; does nothing on the other ranks.
 
-        A failure to write costs the rest of this start's curves, and not the run: it is said, and no more is written.
+        A failure to write ends the log of this start, with a warning, and not the run.
         """
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        if not self.path or not utils.is_main():
+        if self._writer is None or not utils.is_main():
             return
-        values = [
-            Summary.Value(tag=f"{group}/{name}", simple_value=value)
-            for name, value in scalars.items()
-            if value is not None
-        ]
         try:
-            self._write(step=step, summary=Summary(value=values))
+            with utils.writing(self.folder):
+                for name, value in scalars.items():
+                    if value is not None:
+                        self._writer.add_scalar(f"{group}/{name}", value, step)
+                self._writer.flush()
         except OSError as error:
-            self.path = None
-            print_main(f"Warning: {error} The run goes on without --tensorboard's curves until it is started again.")
+            self._writer = None
+            print_main(f"Warning: {error} The run continues without --tensorboard until it is started again.")
 
-    def reporter(self, first):
-        """The `report` of `engine.train_one_epoch` for an epoch whose first step is `first`; None on other ranks."""
-        return partial(self._report, first) if utils.is_main() else None
+    def writer(self, first_step):
+        """The `write` of utils.EpochLog for an epoch that begins at this step; None on the other ranks."""
 
-    def _report(self, first, step, scalars):
-        self.add("train", first + step, scalars | {"memory_gib": memory()})
+        def write(step, scalars):
+            self.add("train", first_step + step, {**scalars, "memory_gib": peak_memory()})
+
+        return write if utils.is_main() else None
