@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import run_with_submitit
-from tests.proofs.same_checkpoint import same
+from tests.equality import same
 from tests.trees import SMALL, make_tree
 
 ROOT = Path(__file__).resolve().parents[2]
