@@ -298,7 +298,7 @@ def machine(args):
     )
 
 
-def ceilings(args):
+def machine_speed(args):
     """A sentence on the speed of the machine itself, which bounds what any row of a table can reach."""
     square, line = torch.randn(2048, 2048, device=args.device), torch.randn(2**25, device=args.device)
     half, other = square.bfloat16(), torch.empty_like(line)
@@ -333,7 +333,7 @@ def get_parser():
 def report(args):
     """The Markdown of the chosen part, or of all parts."""
     chosen = PARTS.values() if args.part == "all" else [PARTS[args.part]]
-    return "\n\n".join([machine(args), ceilings(args), prove(args), *(part(args) for part in chosen)])
+    return "\n\n".join([machine(args), machine_speed(args), prove(args), *(part(args) for part in chosen)])
 
 
 def main():

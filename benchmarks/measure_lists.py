@@ -46,7 +46,7 @@ def synthetic(root, images):
     return Samples(FileSource(root, list(paths)), np.arange(images) % 1000, ("",) * 1000)
 
 
-def measured(images, workers, batches):
+def measure(images, workers, batches):
     """PSS in MB of this process and of each of its loader workers, after so many batches."""
     with tempfile.TemporaryDirectory() as folder:
         views = MultiViewDataset(synthetic(Path(folder), images), np.arange(images), weak_view(32), tolerated=0)
@@ -68,7 +68,7 @@ def main():
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.alone:
-        print(*measured(args.images, args.workers, args.batches))
+        print(*measure(args.images, args.workers, args.batches))
         return
     rows = []
     for images in (args.images, FILES):

@@ -58,7 +58,7 @@ LISTS = {
 }
 
 
-def fault(content, wanted):
+def mismatch(content, wanted):
     """How the bytes `content` differ from the wanted Published list, in words; None if they are that list."""
     if wanted.sha256:
         found = hashlib.sha256(content).hexdigest()
@@ -103,7 +103,7 @@ def fetch(name, folder, url=None):
     """
     wanted, path = LISTS[name], Path(folder, f"{name}.txt")
     if path.exists():
-        wrong = fault(path.read_bytes(), wanted)
+        wrong = mismatch(path.read_bytes(), wanted)
         if wrong:
             raise ValueError(f"{path} is not the published list ({wrong}): remove it and download it again.")
         return path
@@ -113,7 +113,7 @@ def fetch(name, folder, url=None):
     else:
         source = f"{(url or wanted.base).rstrip('/')}/{wanted.file}"
         content = _download(source, path)
-    wrong = fault(content, wanted)
+    wrong = mismatch(content, wanted)
     if wrong:
         raise ValueError(f"{source} is not the published list ({wrong}): put the right file at {path} by hand.")
     _write(path, content)

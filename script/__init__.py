@@ -1,1 +1,1 @@
-"""Launch scripts and small tools that users run beside the programs, as python -m script.NAME."""
+"""Launch scripts and small tools that users run besides the programs, as python -m script.NAME."""

@@ -4,7 +4,7 @@
 
 Prints the reason for each unreadable file, then how many images there are of each mode and how many are unreadable.
 --output writes the paths of the unreadable images, relative to ROOT, one a line. Exits with status 1 if there are any.
-The same files are checked that the readers take for images: those with a known suffix that are not hidden.
+It reads the files that training treats as images: those with a known suffix that are not hidden.
 """
 
 import argparse

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Evaluate a checkpoint on ImageNet's val/ and print its top-1 beside the published one.
+# Evaluate a checkpoint on ImageNet's val/ and print its top-1 next to the published one.
 # Usage: CHECKPOINT=semiformer.pth DATA_ROOT=/path/to/imagenet bash script/eval.sh [flags of semi_main.py]
 # Other settings: NGPU (number of processes, default 1), OUTPUT (folder of eval.json, default: a new temporary one).
 # Exits with status 1 if top-1 on 50,000 images of 1,000 classes differs from the published one by more than 0.1.

@@ -31,7 +31,7 @@ LABELS, VALIDATION = 100, 2000
 COMMON = """--data-set FASHION --input-size 64 --amp bf16 --warmup-epochs 0 --mixup 0 --cutmix 0
     --no-repeated-aug --smoothing 0 --drop-path 0 --num_workers 0"""
 LENGTH = "--epochs 30 --steps-per-epoch 100 --evaluate-freq 5 --no-model-ema"
-SUPERVISED = "--supervise-only --batch-size 8"  # BatchNorm's statistics of 4 images, as in SEMI, would be unfair
+SUPERVISED = "--supervise-only --batch-size 8"  # 4 images, as in SEMI, are too few for BatchNorm's statistics
 SEMI = "--batch-size 16 --mu 0.25 --threshold 0.9 --semi-lambda 1"
 NETWORKS = {  # within 20 % of one another in parameters
     "vit": "--model deit_micro_patch16_224 --lr 1e-3",

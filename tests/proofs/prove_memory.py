@@ -44,7 +44,7 @@ def children(process):
     return sorted(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
 
 
-def measured(command, steps, workers=True, log=None):
+def measure(command, steps, workers=True, log=None):
     """Run a training; returns {process: [(step, resident MB)]}, the training process first. RuntimeError if it fails.
 
     Args:
@@ -88,11 +88,11 @@ def main():
         if args.compile:
             os.environ["TORCH_LOGS"] = "recompiles"
             with open(Path(folder, "stderr.txt"), "w+", encoding="utf-8") as log:
-                found = measured(command, steps, workers=False, log=log)
+                found = measure(command, steps, workers=False, log=log)
                 log.seek(0)
                 recompilations = log.read().count("Recompiling function")
         else:
-            found, recompilations = measured(command, steps), None
+            found, recompilations = measure(command, steps), None
     print("| process | samples | MB at first | MB at last | slope, MB per 1,000 steps |")
     print("|---|---|---|---|---|")
     changes = []

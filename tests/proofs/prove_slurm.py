@@ -3,6 +3,7 @@
 eval "$(bash tests/proofs/slurm_sandbox.sh start)" && python -m tests.proofs.prove_slurm
 """
 
+import argparse
 import re
 import subprocess
 import sys
@@ -96,13 +97,13 @@ class Job:
         return queued, queued + self.wait(lambda: len(self.epochs()) > n and self.epochs()[n])
 
 
-def out_of_time(whole, folder, tree):
-    """Submit a job that Slurm signals before its time limit, after about a third of the training time of `whole`.
+def out_of_time(reference, folder, tree):
+    """Submit a job that Slurm signals before its time limit, after about a third of the training time of `reference`.
 
     Slurm counts whole minutes, checks every 30 s, and signals up to half a minute early rather than late.
     """
-    start = datetime.fromisoformat(whole.facts()["StartTime"]).timestamp()
-    first, last = (Path(whole.folder, name).stat().st_mtime for name in ("run.json", "checkpoint.pth"))
+    start = datetime.fromisoformat(reference.facts()["StartTime"]).timestamp()
+    first, last = (Path(reference.folder, name).stat().st_mtime for name in ("run.json", "checkpoint.pth"))
     trained = int(first - start + (last - first) / 3)
     minutes = trained // 60 + 2
     return Job(folder, tree, "--timeout", minutes, ahead=60 * minutes - 30 - trained)
@@ -160,13 +161,14 @@ def times(log, message):
 
 def main():
     """Run the three jobs and print the results."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         tree = make_tree(Path(folder, "tree"), train=24, val=100, labelled=8)
-        whole = Job(folder, tree).end()
+        reference = Job(folder, tree).end()
         job = Job(folder, tree)
         seconds = [job.interrupt(command, moment) for _, command, moment in INTERRUPTIONS]
-        job_verdict = verdict(job.end(), whole)
-        limited = out_of_time(whole, folder, tree).end()
+        job_verdict = verdict(job.end(), reference)
+        limited = out_of_time(reference, folder, tree).end()
         print("| interrupted by | back in the queue after | training again after | epochs repeated |")
         print("|---|---|---|---|")
         for (what, *_), (queued, trains), n in zip(INTERRUPTIONS, seconds, repeated(job)):
@@ -176,7 +178,7 @@ def main():
         print(f"\nOut of time, SIGUSR2 from Slurm itself: {log.count('Requeued job')} requeue(s), signal caught at")
         print(f"{', '.join(times(log, 'Job has timed'))}, in the queue at {', '.join(times(log, 'Requeued job'))};")
         print(f"epochs begun by the attempts: {limited.epochs()}, repeated: {repeated(limited)};", end=" ")
-        print(f"end: {verdict(limited, whole)}.")
+        print(f"end: {verdict(limited, reference)}.")
 
 
 if __name__ == "__main__":

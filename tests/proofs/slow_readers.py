@@ -41,8 +41,8 @@ def split(content, paths):
             line = ",".join(columns[:-2]).strip(BLANKS)
         elif not line:
             continue
-        whole = [i for i, path in enumerate(paths) if path == line]
-        named = whole or [i for i, path in enumerate(paths) if path.split("/")[-1] == line]
+        exact = [i for i, path in enumerate(paths) if path == line]
+        named = exact or [i for i, path in enumerate(paths) if path.split("/")[-1] == line]
         if not stays_inside(line) or len(named) != 1 or named[0] in found:
             return None
         found += named
