@@ -53,7 +53,7 @@ def _rows(args, dataset, places, labelled, unlabelled):
         dataset: the MultiViewDataset whose images at `places` are read.
         labelled, unlabelled: the training sets whose views are drawn, or None to leave them out.
     """
-    with_views = partial(MultiViewDataset, dataset.samples, dataset.indices, tolerated=dataset.tolerated)
+    with_views = partial(MultiViewDataset, dataset.samples, dataset.indices, tolerated=dataset.bad_images.tolerated)
     evaluation = with_views(validation_view(args), finish=DeviceFinish if dataset.finish else None)
     images, targets, _ = _batch(evaluation, places, args.seed)
     columns = {"evaluation": images}
