@@ -11,12 +11,13 @@ already is not downloaded again.
 import argparse
 import hashlib
 import http.client
-import os
 import re
 import sys
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
+
+from utils import atomic
 
 FIXMATCH = "https://github.com/google-research/fixmatch/raw/d4985a1/imagenet/prep_imagenet_data/data_splits"
 SIMCLR = "https://github.com/google-research/simclr/raw/master/imagenet_subsets"
@@ -81,16 +82,12 @@ def _download(url, path):
 
 
 def _write(path, content):
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
-        os.replace(part, path)
+        with atomic(path) as file:
+            file.write(content)
     except OSError as error:
         raise OSError(f"Cannot write {path} ({error.strerror}): choose an OUT_FOLDER that can be written.") from error
-    finally:
-        if part.exists():
-            part.unlink()
 
 
 def fetch(name, folder, url=None):

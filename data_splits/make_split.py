@@ -16,7 +16,6 @@ first N images of each class. A smaller split is therefore contained in every la
 
 import argparse
 import hashlib
-import os
 import random
 import sys
 from collections import Counter
@@ -25,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from images.readers import image_folder
+from utils import atomic
 
 
 def entries(samples):
@@ -109,18 +109,14 @@ def write(path, lines):
     Raises FileExistsError if the file exists with other content, OSError if it cannot be written.
     """
     content = "".join(lines).encode()
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            part.write_bytes(content)
-            os.replace(part, path)
+            with atomic(path) as file:
+                file.write(content)
         same = path.read_bytes() == content
     except OSError as error:
         raise OSError(f"Cannot write {path} ({error.strerror}): choose a folder OUT that can be written.") from error
-    finally:
-        if part.exists():
-            part.unlink()
     if not same:
         raise FileExistsError(f"{path} holds another list: remove it or choose another folder OUT.")
     return hashlib.sha256(content).hexdigest()

@@ -15,10 +15,9 @@ import importlib.util
 import io
 import json
 import logging
-import os
 import sys
 import warnings
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -59,22 +58,18 @@ def export_onnx(network, size, path):
         raise ValueError(f"ONNX needs {', '.join(missing)}: pip install {' '.join(missing)}, or pass --no-onnx.")
     import onnxruntime
 
-    summed, temporary = SummedLogits(network).eval().to(memory_format=torch.contiguous_format), f"{path}.tmp"
+    summed = SummedLogits(network).eval().to(memory_format=torch.contiguous_format)
     rng = torch.Generator().manual_seed(0)
     batches = [torch.randn(n, 3, size, size, generator=rng) for n in (1, 3)]
-    try:
-        _write_onnx(summed, batches[1], temporary)  # with one image, N = 1 would become a constant
-        _name_batch(temporary)
-        session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
+    with utils.atomic(path) as file:
+        _write_onnx(summed, batches[1], file.name)  # with one image, N = 1 would become a constant
+        _name_batch(file.name)
+        session = onnxruntime.InferenceSession(file.name, providers=["CPUExecutionProvider"])
         with torch.inference_mode():
             differences = [abs(session.run(None, {"images": x.numpy()})[0] - summed(x).numpy()).max() for x in batches]
         worst = float(max(differences))
         if not worst <= TOLERANCE:  # also if it is NaN
             raise ValueError(f"The ONNX network differs from PyTorch's by {worst:.1e}, above {TOLERANCE}: not kept.")
-        os.replace(temporary, path)
-    finally:
-        with suppress(FileNotFoundError):
-            os.remove(temporary)
     return worst
 
 

@@ -155,7 +155,7 @@ def draw_moment(phase, rng):
 def kill_in_phase(training, folder, phase, rng):
     """Kill the training at a random moment of the phase; returns whether it was still running then."""
     pattern, writing, seconds = draw_moment(phase, rng)
-    while not (re.search(pattern, training.output.read_text()) and (not writing or any(folder.glob("*.pth.tmp")))):
+    while not (re.search(pattern, training.output.read_text()) and (not writing or any(folder.glob("*.pth.*.tmp")))):
         if training.status() is not None:
             return False
         time.sleep(0.0005)
@@ -171,7 +171,7 @@ def locate_kill(training, folder):
     steps = [(int(epoch), int(step)) for epoch, step, _ in lines if epoch]
     if not steps:
         return "start-up", "before the first step"
-    (epoch, step), unfinished = steps[-1], sorted(path.name for path in folder.glob("*.pth.tmp"))
+    (epoch, step), unfinished = steps[-1], sorted(path.name for path in folder.glob("*.pth.*.tmp"))
     if unfinished:
         return PHASES[3], f"epoch {epoch}, {unfinished[0]}"
     if lines[-1][2]:
