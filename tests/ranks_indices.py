@@ -1,6 +1,5 @@
-"""Run under torchrun by test_end_to_end: writes which images this rank's loaders of epoch 0 give, one file a rank."""
+"""Run on every rank by test_end_to_end: writes which images this rank's loaders of epoch 0 give, one file a rank."""
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -8,11 +7,11 @@ from pathlib import Path
 import semi_main
 import utils
 from images.loading import read_batches, training_loader
-from options import get_args_parser
+from tests.trees import parse
 
 out, *words = sys.argv[1:]
-args = argparse.ArgumentParser(parents=[get_args_parser()]).parse_args(words)
-run = semi_main.Run(args, utils.init_distributed("cpu"))
+args = parse(*words)
+run = semi_main.Run(args, utils.init_distributed("cpu", args.dist_url))
 seen = {}
 for name, views, order in (
     ("labelled", run.labelled, run.labelled_order),

@@ -1,15 +1,13 @@
 """check_images.py: every image is read as training reads it, counted by kind, and the unreadable ones are named."""
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from script import check_images
-from tests.trees import ROOT, broken_images, draw
+from tests.trees import broken_images, draw, forked
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +97,6 @@ def test_what_is_no_images_fault_ends_the_check(root, monkeypatch):
 
 
 def test_as_a_program(root):
-    done = subprocess.run([sys.executable, "-m", "script.check_images", root / "broken", "--workers", "1"], cwd=ROOT,
-                          capture_output=True, text=True)  # fmt: skip
+    (done,) = forked("script.check_images", root / "broken", "--workers", "1")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stdout.splitlines()[-2:] == ["         8  unreadable", f"         9  in total below {root / 'broken'}"]

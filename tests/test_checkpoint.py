@@ -18,7 +18,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from tests.equality import same
-from training import checkpoint
+from tests.trees import parse
+from training import checkpoint, optimization
 from training.checkpoint import TrainState
 
 
@@ -286,12 +287,9 @@ def test_an_optimizer_of_another_kind_is_named():
 
 
 def test_plateau_goes_on_with_its_counters_and_as_plateau_only():
-    from options import get_args_parser
-    from training import optimization
-
     def plateau(sched="plateau"):
         words = ["--sched", sched, "--warmup-epochs", "0", "--patience-epochs", "2", "--cooldown-epochs", "0"]
-        args = argparse.ArgumentParser(parents=[get_args_parser()]).parse_args(words)
+        args = parse(*words)
         state = state_of()
         state.scheduler = optimization.build_scheduler(args, state.optimizer)
         return state

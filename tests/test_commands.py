@@ -1,4 +1,4 @@
-"""Every published command line, shortened to two epochs of two steps on a tiny tree: it ends, and it resumes."""
+"""The published command lines for one machine, shortened: they end, go on, are evaluated, and fork."""
 
 import json
 import os
@@ -7,54 +7,78 @@ import sys
 
 import pytest
 
-from tests.trees import ROOT, SMALL, make_tree
+import semi_main
+from tests.trees import ROOT, SMALL, parse, python_calls
 
-SHORT = [*SMALL, "--batch-size", "8", "--mu", "0.25", "--semi-start-epoch", "1", "--steps-per-epoch", "2"]
-SLURM = sorted(path.name for path in (ROOT / "script").glob("submitit_1to*.sh"))
+SHORT = [*SMALL, "--batch-size", "8", "--mu", "0.25", "--semi-start-epoch", "1", "--steps-per-epoch", "2",
+         "--evaluate-freq", "1"]  # fmt: skip
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    return make_tree(tmp_path_factory.mktemp("tree"), train=10, val=4, labelled=8)
+def data(tree):
+    return {"DATA_ROOT": str(tree), "SPLIT": str(tree / "labelled.txt")}
 
 
-def run(script, tree, *words, **settings):
-    env = {**os.environ, "DATA_ROOT": str(tree), "SPLIT": str(tree / "labelled.txt"), "PYTHON": sys.executable}
-    env |= {"OMP_NUM_THREADS": "1", "NGPU": "1", **{key: str(value) for key, value in settings.items()}}
+def run(script, *words, **settings):
+    """Run a script as a user does; what it printed."""
+    env = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    env |= {key: str(value) for key, value in settings.items()}
     command = ["bash", ROOT / "script" / script, *map(str, words)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
 
 
+def flags(script, folder, *words, processes=8, **settings):
+    """The flags that a script gives to semi_main.py, which it starts with torchrun."""
+    (call,) = python_calls(f"script/{script}", folder, *words, **settings)
+    assert call[:5] == [*TORCHRUN, f"--nproc_per_node={processes}", f"{ROOT}/semi_main.py"]
+    return parse(*call[5:])
+
+
 def epochs(folder):
     return [json.loads(line)["epoch"] for line in (folder / "log.txt").read_text().splitlines()]
 
 
-def test_the_ddp_example_ends_resumes_is_evaluated_and_forks(tree, tmp_path):
+def test_the_ddp_example_has_the_published_hyper_parameters(data, tmp_path):
+    args = vars(flags("run_ddp_example.sh", tmp_path, **data))
+    published = {
+        "model": "Semiformer_small_patch16",
+        "batch_size": 108,
+        "lr": 1e-3,
+        "epochs": 600,
+        "mu": 0.125,
+        "threshold": 0.7,
+        "temperature": 1.0,
+        "semi_lambda": 4.0,
+        "semi_start_epoch": 30,
+        "pseudo_type": "cnn",
+        "unlabel_smooth": True,
+        "evaluate_freq": 4,
+        "smoothing": 0.1,
+    }
+    assert {key: args[key] for key in published} == published
+
+
+def test_the_ddp_example_ends_resumes_is_evaluated_and_forks(data, tmp_path):
     base, fork = tmp_path / "base", tmp_path / "fork"
-    run("run_ddp_example.sh", tree, *SHORT, "--epochs", "2", "--evaluate-freq", "1", OUTPUT=base)
-    run("run_ddp_example.sh", tree, *SHORT, "--epochs", "3", "--evaluate-freq", "1", OUTPUT=base)
-    assert epochs(base) == [0, 1, 2]
+    words = [*SHORT, "--epochs", "2"]
+    run("run_ddp_example.sh", *words, NGPU=2, OUTPUT=base, **data)
+    assert epochs(base) == [0, 1] and (base / "checkpoint.pth").is_file()
+    args = vars(flags("run_ddp_example.sh", tmp_path, *words, processes=2, NGPU=2, OUTPUT=base, **data))
+    assert json.loads((base / "run.json").read_text())["args"] == args
+
     last = json.loads((base / "log.txt").read_text().splitlines()[-1])
-    evaluated = run("eval.sh", tree, *SMALL, CHECKPOINT=base / "checkpoint.pth", OUTPUT=tmp_path)
-    assert f"ours {last['test_acc1']:.2f} (published 75.5)" in evaluated
-    words = [*SHORT, "--epochs", "2", "--evaluate-freq", "1", "--threshold", "0.1"]
-    run("fork_ablation.sh", tree, *words, FORK=base / "epoch_0_checkpoint.pth", OUTPUT=fork)
-    run("fork_ablation.sh", tree, *words, "--epochs", "3", FORK=base / "epoch_0_checkpoint.pth", OUTPUT=fork)
+    settings = {"CHECKPOINT": base / "checkpoint.pth", "DATA_ROOT": data["DATA_ROOT"], "OUTPUT": tmp_path}
+    evaluated = run("eval.sh", *SMALL, **settings)
+    assert f"ours {last['test_acc1']:.2f} (published 75.5)  21 images, 3 classes" in evaluated
+
+    # Torchrun need not be started again: from here on the scripts' flags are run in this process.
+    semi_main.main(flags("run_ddp_example.sh", tmp_path, *SHORT, "--epochs", "3", OUTPUT=base, **data))
+    assert epochs(base) == [0, 1, 2]
+    words = [*SHORT, "--threshold", "0.1"]
+    for count in ("2", "3"):
+        settings = {"FORK": base / "epoch_0_checkpoint.pth", "OUTPUT": fork, **data}
+        semi_main.main(flags("fork_ablation.sh", tmp_path, *words, "--epochs", count, **settings))
     assert epochs(fork) == [1, 2]
-
-
-def test_there_are_five_slurm_scripts():
-    assert len(SLURM) == 5
-
-
-@pytest.mark.parametrize("script", SLURM)
-def test_slurm_scripts_end_and_resume(tree, tmp_path, script):
-    words = [*SHORT, "--local", "--nodes", "1", "--ngpus", "1", "--evaluate-freq", "1"]
-    run(script, tree, *words, "--epochs", "2", SHARED_FOLDER=tmp_path)
-    (first,) = (path.parent for path in tmp_path.glob("*/checkpoint.pth"))
-    assert epochs(first) == [0, 1]
-    run(script, tree, *words, "--epochs", "3", "--resume_jobid", first.name, SHARED_FOLDER=tmp_path)
-    (second,) = (path.parent for path in tmp_path.glob("*/checkpoint.pth") if path.parent != first)
-    assert epochs(second) == [2]

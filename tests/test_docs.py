@@ -17,7 +17,7 @@ import options
 import semi_main
 from samplers import training_order
 from tests.test_house import TREES, imports
-from tests.trees import ROOT
+from tests.trees import ROOT, python_calls
 from training.optimization import learning_rates
 
 DOCS = {str(path.relative_to(ROOT)): path.read_text()
@@ -111,14 +111,9 @@ def parser_of():
 
 
 def through(wrapper, words, settings, folder):
-    """The words after python of the last command that a wrapper of ours would run, asked of a python that tells."""
-    tell = folder / "python"
-    tell.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >> "$0.said"; echo END >> "$0.said"\n')
-    tell.chmod(0o755)
-    env = {**os.environ, "PYTHON": str(tell)} | dict(setting.split("=", 1) for setting in settings)
-    subprocess.run(["bash", ROOT / wrapper, *words], env=env, cwd=folder, capture_output=True, timeout=30)
-    said = (folder / "python.said").read_text().split("END\n")
-    return [each.splitlines() for each in said if ".py" in each or "-m\nstudy." in each][0]
+    """The words after python of the command of ours that a wrapper would run."""
+    calls = python_calls(wrapper, folder, *words, **dict(setting.split("=", 1) for setting in settings))
+    return next(call for call in calls if call[0].startswith("-m") or call[0].endswith(".py"))
 
 
 def python_part(words, folder):
@@ -267,7 +262,6 @@ def test_the_published_runs_have_the_steps_that_reproduce_tells(parser_of, tmp_p
         in_all = args.semi_start_epoch * steps + (args.epochs - args.semi_start_epoch) * semi_steps
         expected = f"{world} | {labelled} + {unlabelled} | {steps} | {semi_steps:,} | {args.epochs} | {in_all:,} | "
         assert row.startswith(expected), script
-        (tmp_path / "python.said").unlink()
 
 
 @pytest.mark.parametrize("epochs, lr", [(600, 1e-3), (600, 4e-3), (300, 1e-3)])

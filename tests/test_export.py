@@ -1,6 +1,5 @@
 """script/export.py: what is written loads back to the bit, the card tells what is known, ONNX must agree."""
 
-import argparse
 import hashlib
 import importlib
 import json
@@ -11,9 +10,8 @@ import torch
 from torch import nn
 
 from models import build_model, pretrained
-from options import get_args_parser
 from script import export
-from tests.trees import SMALL
+from tests.trees import SMALL, parse
 from training import checkpoint
 
 NAME = "Semiformer_micro_patch16"
@@ -27,7 +25,7 @@ def run(tmp_path):
     model(torch.randn(4, 3, 48, 48))
     (tmp_path / "list.txt").write_text("a.png\n")
     words = [*SMALL, "--lr", "0.25", "--data-split-file", str(tmp_path / "list.txt")]
-    args = argparse.ArgumentParser(parents=[get_args_parser()]).parse_args(words)
+    args = parse(*words)
     content = {"model": model.state_dict(), "model_ema": build_model(NAME, 3).state_dict(), "epoch": 1, "args": args}
     torch.save({**content, "classes": ["a", "b", "c"]}, tmp_path / "checkpoint.pth")
     lines = [{"epoch": e, "test_acc1": 50.0 + e, "test_ema_acc1": 30.0 + e} for e in range(2)]

@@ -24,7 +24,7 @@ import utils
 from images.decoding import UnreadableImage
 from losses import Recipe, consistency, objective
 from pseudo_labels import select_targets
-from tests.trees import make_cifar, make_fashion, make_inat, make_places, make_semi_inat
+from tests.trees import make_cifar, make_fashion, make_inat, make_places, make_semi_inat, parse
 from training import optimization
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -121,12 +121,8 @@ def places(tmp_path_factory):
     def placed(argv):
         return [str(next(outs) if word == "OUT" else words.get(word, word)) for word in argv]
 
-    main(parse(placed([*TINY.split(), "--output_dir", str(root / "start")])))
+    main(parse(*placed([*TINY.split(), "--output_dir", str(root / "start")])))
     return placed
-
-
-def parse(argv):
-    return options.get_args_parser().parse_args(argv)
 
 
 # --------------------------------------------------------- probes: from flags to something that differs
@@ -978,7 +974,7 @@ def argv(flag, row, value):
 
 
 def check_row(flag, row, places):
-    results = [row.probe(parse(places(argv(flag, row, value)))) for value in (row.a, row.b)]
+    results = [row.probe(parse(*places(argv(flag, row, value)))) for value in (row.a, row.b)]
     assert results[0] != results[1]
     if row.expect is not None:
         assert results == list(row.expect)
@@ -1009,11 +1005,11 @@ def test_every_row_says_what_kind_of_thing_changes():
 @pytest.mark.parametrize("flag", NO_EFFECT)
 def test_flag_without_effect_is_refused(flag, capsys):
     with pytest.raises(SystemExit):
-        parse([flag, "O1"] if flag == "--opt-level" else [flag])
+        parse(flag, "O1") if flag == "--opt-level" else parse(flag)
     assert f"{flag} had no effect in the published code" in capsys.readouterr().err
 
 
 def test_device_is_the_gpu_where_there_is_one(monkeypatch):
     for there, device in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        assert parse([]).device == device
+        assert parse().device == device

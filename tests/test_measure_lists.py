@@ -1,16 +1,15 @@
 """Lists of images are compact: bytes an entry, and benchmarks/measure_lists.py on a short list."""
 
 import re
-import subprocess
-import sys
 
 import numpy as np
+import pytest
 
 from benchmarks import measure_lists
 from datasets import MultiViewDataset
 from images.loading import training_loader
 from samplers import training_order
-from tests.trees import ROOT
+from tests.trees import forked
 
 
 def test_an_entry_takes_its_path_and_four_numbers(tmp_path):
@@ -29,20 +28,18 @@ def test_an_entry_takes_its_path_and_four_numbers(tmp_path):
     assert samples.source.load(n - 1).size == (40, 36)
 
 
-def test_a_short_list_costs_next_to_nothing():
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.measure_lists",
-        "--images",
-        "5000",
-        "--workers",
-        "2",
-        "--batches",
-        "20",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    rows = re.findall(r"^\| (training process|worker \d) \| ([\d.]+) \| ([\d.]+) \|", done.stdout, re.MULTILINE)
-    assert [name for name, *_ in rows] == ["training process", "worker 1", "worker 2"], done.stderr
+def test_a_short_list_costs_next_to_nothing(monkeypatch, capsys):
+    def run(command, **_):
+        (done,) = forked(*command[command.index("-m") + 1 :])
+        return done
+
+    words = ["--images", "5000", "--workers", "2", "--batches", "20"]
+    monkeypatch.setattr("sys.argv", ["measure_lists.py", *words])
+    monkeypatch.setattr(measure_lists.subprocess, "run", run)
+    with pytest.raises(SystemExit) as ended:
+        measure_lists.main()
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^\| (training process|worker \d) \| ([\d.]+) \| ([\d.]+) \|", printed, re.MULTILINE)
+    assert [name for name, *_ in rows] == ["training process", "worker 1", "worker 2"], printed
     assert all(float(pss) > 30 for _, *columns in rows for pss in columns)  # Python and PyTorch alone
-    assert done.returncode == 0 and "limit 200" in done.stdout
+    assert not ended.value.code and "limit 200" in printed

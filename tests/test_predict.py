@@ -1,10 +1,7 @@
 """predict.py: the classes that evaluation counts, on files of any kind, and one sentence for what is wrong."""
 
-import argparse
 import csv
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,15 +10,10 @@ import predict
 from datasets import build_validation_set
 from engine import evaluate
 from models import build_model, fold_batchnorm, pretrained
-from options import get_args_parser
-from tests.trees import ROOT, SMALL, broken_images, draw, make_fashion, make_tree
+from tests.trees import ROOT, SMALL, broken_images, draw, forked, make_fashion, make_tree, parse
 from training.optimization import mixed_precision
 
 NAMES = ["class0", "class1", "class2"]
-
-
-def flags(*words):
-    return argparse.ArgumentParser(parents=[get_args_parser()]).parse_args([str(word) for word in words])
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +28,7 @@ def file(tree, tmp_path_factory):
     model, average = (build_model("Semiformer_micro_patch16", 3).train() for _ in range(2))
     for network in (model, average):
         network(torch.randn(8, 3, 48, 48))
-    args = flags(*SMALL, "--data-path", tree)
+    args = parse(*SMALL, "--data-path", tree)
     path = tmp_path_factory.mktemp("run") / "checkpoint.pth"
     weights = {"model": model.state_dict(), "model_ema": average.state_dict()}
     torch.save({**weights, "classes": NAMES, "args": args, "epoch": 7}, path)
@@ -115,7 +107,7 @@ def test_the_view_and_its_description_are_evaluations(tree, tmp_path, data_set):
 
     make_fashion(tmp_path)
     root = {"SEMI-IMNET": tree, "FASHION": tmp_path}[data_set]
-    args = flags(*SMALL[:-2], "--data-set", data_set, "--data-path", root)
+    args = parse(*SMALL[:-2], "--data-set", data_set, "--data-path", root)
     model = build_model("Semiformer_micro_patch16", 3)
     torch.save({"model": model.state_dict(), "args": args}, tmp_path / "a.pth")
     loaded = pretrained.load(tmp_path / "a.pth")
@@ -155,7 +147,6 @@ def test_a_file_that_does_not_tell_is_named(file, tmp_path, change, words, messa
 def test_a_folder_without_images_and_a_missing_file_end_with_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="There is no image below"):
         predict.paths_of([tmp_path])
-    command = [sys.executable, ROOT / "predict.py", "x.png", "--checkpoint", tmp_path / "none.pth"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    said = f"predict.py: error: There is no checkpoint {tmp_path}/none.pth.\n"
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
+    (done,) = forked(ROOT / "predict.py", "x.png", "--checkpoint", tmp_path / "none.pth")
+    printed = f"predict.py: error: There is no checkpoint {tmp_path}/none.pth.\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", printed)

@@ -1,6 +1,5 @@
 """A run that was killed and goes on ends as one that never was: --resume auto, the log, and who wins over whom."""
 
-import argparse
 import json
 import os
 import shutil
@@ -12,24 +11,24 @@ import torch
 
 import semi_main
 import utils
-from options import get_args_parser
-from tests.trees import ROOT, SMALL, make_tree
+from tests.equality import same
+from tests.proofs import prove_resume
+from tests.trees import FORKSERVER, ROOT, SMALL, parse
 from training import output_folder
 
 FILES = ("checkpoint.pth", "best.pth", "epoch_0_checkpoint.pth")
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory):
-    tree = make_tree(tmp_path_factory.mktemp("tree"), train=4, val=2)
-    tiny = ["--batch-size", "4", "--mu", "0.5"]
-    data = ["--data-path", tree, "--data-split-file", tree / "labelled.txt", "--semi-start-epoch", "1"]
-    return [*SMALL, *tiny, *data, "--steps-per-epoch", "1", "--warmup-epochs", "0", "--model-ema-decay", "0.5"]
+def words(small_tree):
+    tiny = ["--batch-size", "4", "--mu", "0.5", "--steps-per-epoch", "1", "--warmup-epochs", "0"]
+    data = ["--data-path", small_tree, "--data-split-file", small_tree / "labelled.txt", "--semi-start-epoch", "1"]
+    return [*SMALL, *tiny, *data, "--model-ema-decay", "0.5"]
 
 
 def run(words, *more):
     """Train in this process; semi_main's Run."""
-    args = argparse.ArgumentParser(parents=[get_args_parser()]).parse_args([str(w) for w in (*words, *more)])
+    args = parse(*words, *more)
     with utils.writing(args.output_dir):
         os.makedirs(args.output_dir or ".", exist_ok=True)
     return semi_main.train(args, torch.device("cpu"))
@@ -37,28 +36,17 @@ def run(words, *more):
 
 @pytest.fixture(scope="module")
 def whole(words, tmp_path_factory):
+    """The output folder of a run of three epochs that was never stopped."""
     folder = tmp_path_factory.mktemp("whole")
     run(words, "--epochs", "3", "--output_dir", folder)
     return folder
 
 
-def state_in(path):
-    """What is in a checkpoint but its flags, with tensors as bytes, so that == compares to the bit."""
-    content = torch.load(path, weights_only=False)
-    del content["args"]
-
-    def plain(thing):
-        if isinstance(thing, dict):
-            return {key: plain(value) for key, value in thing.items()}
-        return (thing.dtype, thing.shape, thing.numpy().tobytes()) if torch.is_tensor(thing) else thing
-
-    return plain(content)
-
-
-def assert_same(folder, whole):
-    assert (folder / "log.txt").read_bytes() == (whole / "log.txt").read_bytes()
-    for name in FILES:
-        assert state_in(folder / name) == state_in(whole / name), name
+def assert_same_checkpoint(path, expected):
+    """Two files hold the same checkpoint to the bit, but for the flags of the run."""
+    one, other = (torch.load(each, weights_only=False) for each in (path, expected))
+    del one["args"], other["args"]
+    assert same(one, other), path
 
 
 class Killed(BaseException):
@@ -113,7 +101,9 @@ def test_a_run_killed_in_any_operation_on_the_disk_ends_as_one_never_killed(word
         else:
             assert len(disk.done) <= last and disk.done.count("append_json_line") == 3  # all of them have been tried
     run(given)
-    assert_same(tmp_path, whole)
+    assert (tmp_path / "log.txt").read_bytes() == (whole / "log.txt").read_bytes()
+    for name in FILES:
+        assert_same_checkpoint(tmp_path / name, whole / name)
     assert {n for n in os.listdir(tmp_path) if "dropped" not in n} == set(os.listdir(whole))
 
 
@@ -135,8 +125,8 @@ def test_auto_names_the_damaged_file_and_takes_the_older_one(words, whole, tmp_p
     # ... and the damaged one never becomes checkpoint.prev.pth.
     resumed = run(words, "--epochs", "3", "--output_dir", folder, "--resume", "auto")
     assert resumed.resumed == str(previous) and resumed.state.epoch == 2
-    assert state_in(latest) == state_in(whole / "checkpoint.pth")
-    assert state_in(previous) == state_in(whole / "checkpoint.prev.pth")
+    assert_same_checkpoint(latest, whole / "checkpoint.pth")
+    assert_same_checkpoint(previous, whole / "checkpoint.prev.pth")
     assert (folder / "log.txt").read_bytes() == (whole / "log.txt").read_bytes()
 
 
@@ -190,13 +180,26 @@ def test_the_log_keeps_what_is_not_written_again_and_loses_nothing(words, whole,
 def test_evaluation_takes_the_newest_too(words, whole, tmp_path):
     copy = tmp_path / "out"
     shutil.copytree(whole, copy)
-    args = [str(w) for w in (*words, "--eval", "--resume", "auto", "--output_dir", copy)]
-    meters = semi_main.evaluate_checkpoint(
-        argparse.ArgumentParser(parents=[get_args_parser()]).parse_args(args), torch.device("cpu")
-    )
+    args = parse(*words, "--eval", "--resume", "auto", "--output_dir", copy)
+    meters = semi_main.evaluate_checkpoint(args, torch.device("cpu"))
     assert meters["checkpoint"] == str(copy / "checkpoint.pth") and meters["epoch"] == 2
 
 
+def _kill(number, work):
+    prove_resume.make_images(work / "data")
+    row = prove_resume.one_kill(number, 0, work / "data", work, {})
+    (work / "result").write_text(row[-1])
+
+
+def test_a_run_killed_at_a_seeded_moment_ends_as_one_never_killed(tmp_path):
+    """The second kill of the proof: of two ranks, in a semi-supervised epoch."""
+    process = FORKSERVER.Process(target=_kill, args=(1, tmp_path))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0 and (tmp_path / "result").read_text() == "yes"
+
+
+@pytest.mark.proof
 def test_three_seeded_kills_of_whole_processes_end_identically():
     command = [sys.executable, "-m", "tests.proofs.prove_resume", "--quick"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)

@@ -14,20 +14,19 @@ import pytest
 from data_splits import fetch_split
 from data_splits.make_split import make_split, shard_lines
 from images.readers import image_folder, read_split
-from tests.trees import ROOT
+from tests.trees import ROOT, forked
 
 SIZES = {"class10": 7, "class2": 40, "zebra": 13, "été": 20}
 
 
-def run(tool, *words, **env):
-    """A tool as a user runs it, from the repository's root."""
-    command = [sys.executable, "-m", f"data_splits.{tool}", *map(str, words)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
+def run(tool, *words):
+    """A tool with the words a user would give it."""
+    (done,) = forked(f"data_splits.{tool}", *words)
+    return done
 
 
-def sorry(done, *parts):
-    """The run ended with one sentence on what is wrong."""
+def assert_refused(done, *parts):
+    """The run ended with one sentence that says what is wrong."""
     assert done.returncode == 1 and done.stdout == "", done
     assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
     assert all(str(part) in done.stderr for part in parts), done.stderr
@@ -60,8 +59,10 @@ def counts(path):
 def test_the_same_names_give_the_same_lists(tmp_path):
     make_split(plant(tmp_path / "a"), tmp_path / "out", fraction=0.25)
     other = plant(tmp_path / "b", dict(reversed(SIZES.items())), backwards=True)
-    words = [other, tmp_path / "again", "--fraction", "0.25"]
-    done = run("make_split", *words, PYTHONHASHSEED="77", LC_ALL="C")
+    # In a process of its own, because Python reads these settings when it starts.
+    command = [sys.executable, "-m", "data_splits.make_split", other, tmp_path / "again", "--fraction", "0.25"]
+    env = {**os.environ, "PYTHONHASHSEED": "77", "LC_ALL": "C"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
     assert done.returncode == 0, done.stderr
     assert content(tmp_path / "out") == content(tmp_path / "again")
     for line, name, count in zip(done.stdout.splitlines(), ("all.txt", "labelled.txt"), (80, 20)):
@@ -176,7 +177,7 @@ def test_another_list_is_not_overwritten(tmp_path):
 def test_unfit_folders_are_named(tmp_path):
     (tmp_path / "file").touch()
     plant(tmp_path / "train")
-    sorry(run("make_split", tmp_path / "none", tmp_path / "out", "--fraction", "0.1"), tmp_path / "none")
+    assert_refused(run("make_split", tmp_path / "none", tmp_path / "out", "--fraction", "0.1"), tmp_path / "none")
     with pytest.raises(OSError, match="Cannot write .*file/out/all.txt .*OUT"):
         make_split(tmp_path / "train", tmp_path / "file/out", fraction=0.1)
     with pytest.raises(ValueError, match="would be a class"):
@@ -297,8 +298,8 @@ def test_fetch_says_so_and_ends_with_status_1(served, tmp_path):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound but not listening: nobody answers here
         closed = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        sorry(run("fetch_split", "fixmatch5", tmp_path, "--url", closed), closed, tmp_path / "fixmatch10.txt")
-    sorry(run("fetch_split", "simclr10", tmp_path, "--url", "no address"), "no address/10percent.txt")
+        assert_refused(run("fetch_split", "fixmatch5", tmp_path, "--url", closed), closed, tmp_path / "fixmatch10.txt")
+    assert_refused(run("fetch_split", "simclr10", tmp_path, "--url", "no address"), "no address/10percent.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["simclr1.txt"]
 
 

@@ -1,8 +1,6 @@
 """study/study.py: its runs are semi_main.py's, interrupted ones go on, and its tables are right by hand."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,23 +11,19 @@ from models import build_model
 from pseudo_labels import POLICIES
 from study import study, study_report
 from tests.test_compare import cells, make_run, record
-from tests.trees import ROOT, make_fashion
+from tests.trees import forked, make_fashion, parse
 
 TINY = "--model Semiformer_micro_patch16 --input-size 32 --batch-size 4 --mu 0.5 --epochs 2 --steps-per-epoch 1"
-
-
-def parse(flags):
-    return options.get_args_parser().parse_args(flags.split())
 
 
 @pytest.mark.parametrize("suite", study.SUITES)
 def test_every_named_run_is_a_command_line_of_semi_main(suite):
     for flags in study.SUITES[suite].values():
-        options.check(parse(flags))
+        options.check(parse(*flags.split()))
 
 
 def test_main_compares_three_networks_of_a_size_at_equal_steps():
-    args = {name: parse(flags) for name, flags in study.MAIN.items()}
+    args = {name: parse(*flags.split()) for name, flags in study.MAIN.items()}
     assert sorted(args) == sorted(f"{n}-{how}" for n in ("vit", "cnn", "semiformer") for how in ("supervised", "semi"))
     assert {(a.epochs, a.steps_per_epoch, a.input_size) for a in args.values()} == {(30, 100, 64)}
     labelled = {options.labelled_and_unlabelled(a)[0] for a in args.values() if options.semi_supervised(a)}
@@ -43,7 +37,7 @@ def models_of(args):
 
 
 def test_smoke_covers_all_policies_and_every_ablation_is_in_both_suites():
-    policies = {parse(flags).pseudo_type for flags in study.SMOKE.values()}
+    policies = {parse(*flags.split()).pseudo_type for flags in study.SMOKE.values()}
     assert policies == set(POLICIES) and len(policies) == 15
     assert list(study.SMOKE) == list(study.ABLATION) == ["baseline", *study.CHANGES]
 
@@ -71,8 +65,8 @@ def test_a_part_keeps_evaluation_images_out_of_training(tmp_path):
 
 
 def start(folder, *words):
-    command = [sys.executable, "-m", "study.study", "--output", folder, "--data-path", folder, *words]
-    return subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    (done,) = forked("study.study", "--output", folder, "--data-path", folder, *words)
+    return done
 
 
 def test_runs_are_skipped_when_finished_and_go_on_when_not(tmp_path):

@@ -1,17 +1,23 @@
-"""Small real image trees and ways to start the program, for the tests."""
+"""Small real image trees, command lines and ways to start the program, for the tests."""
 
 import json
+import multiprocessing
 import os
 import pickle
+import runpy
 import struct
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from images.fashion import write_idx
+from options import get_args_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--model", "Semiformer_micro_patch16", "--input-size", "48", "--device", "cpu", "--num_workers", "0",
@@ -151,14 +157,90 @@ def make_tree(root, classes=3, train=8, val=5, labelled=4, size=40, seed=0):
     return Path(root)
 
 
-def semi_main(*words, processes=0, env=None, check=True, timeout=300):
-    """Run semi_main.py as a user would: plainly, or with `processes` under torchrun."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    done = subprocess.run([sys.executable, *launcher, str(ROOT / "semi_main.py"), *map(str, words)],
-                          capture_output=True, text=True, timeout=timeout, env=environment)  # fmt: skip
-    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+def parse(*words):
+    """The flags of semi_main.py on a command line."""
+    return get_args_parser().parse_args([str(word) for word in words])
+
+
+# Its processes start in milliseconds, with PyTorch, torchvision and timm imported: they are forked from a server that
+# has done nothing but import. Not from the tests' own process, because once that has computed gradients on a machine
+# with a GPU, PyTorch cannot compute any in a fork of it.
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["tests.trees", "semi_main"])
+
+
+def _run_as_main(program, words, env, output):
+    for descriptor, file in zip((1, 2), output):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.environ.clear()
+    os.environ.update(env)
+    multiprocessing.set_start_method(None, force=True)  # of data workers: the default, no longer the fork server
+    torch.set_num_threads(1)
+    sys.argv = [program, *words]
+    try:
+        if program.endswith(".py"):
+            runpy.run_path(program, run_name="__main__")
+        else:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
+
+
+def forked(program, *words, environments=({},), timeout=300):
+    """Run a Python program (a path, or a module as after `python -m`) as if it were started, but forked.
+
+    It runs in one process for each of `environments`, which are added to this one, all at the same time. Returns a
+    list of CompletedProcess. AssertionError where they do not end in time.
+    """
+    words = [str(word) for word in words]
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [(f"{folder}/{rank}.out", f"{folder}/{rank}.err") for rank in range(len(environments))]
+        processes = [
+            FORKSERVER.Process(target=_run_as_main, args=(str(program), words, {**os.environ, **env}, output))
+            for env, output in zip(environments, outputs)
+        ]
+        for process in processes:
+            process.start()
+        until = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(0, until - time.monotonic()))
+        late = [process.kill() for process in processes if process.exitcode is None]
+        printed = [[Path(file).read_text() for file in output] for output in outputs]
+        codes = [process.exitcode for process in processes]
+    done = [subprocess.CompletedProcess(words, code, *text) for code, text in zip(codes, printed)]
+    assert not late, done
     return done
+
+
+def ranks(number):
+    """The environments in which torchrun starts this many processes."""
+    return [{"RANK": str(rank), "WORLD_SIZE": str(number), "LOCAL_RANK": str(rank)} for rank in range(number)]
+
+
+def semi_main(*words, processes=0, check=True, timeout=300):
+    """Run semi_main.py: plainly, or with `processes` as under torchrun; what all of them printed, in one piece."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [*words, "--dist_url", f"file://{folder}/meeting"] if processes else words
+        done = forked(ROOT / "semi_main.py", *words, environments=ranks(processes) or [{}], timeout=timeout)
+    out, err = "".join(each.stdout for each in done), "".join(each.stderr for each in done)
+    status = max(abs(each.returncode) for each in done)
+    assert not check or status == 0, out[-2000:] + err[-4000:]
+    return subprocess.CompletedProcess(words, status, out, err)
+
+
+def python_calls(script, folder, *words, **settings):
+    """The words after `python` of each command with which a script of ours would call it; none of them is run.
+
+    The script runs in `folder` with these settings in its environment. CalledProcessError where it fails.
+    """
+    python, calls = Path(folder, "python"), Path(folder, "python.calls")
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >> "$0.calls"; echo END >> "$0.calls"\n')
+    python.chmod(0o755)
+    calls.write_text("")
+    env = {"PATH": os.environ["PATH"], "PYTHON": str(python), **{name: str(value) for name, value in settings.items()}}
+    subprocess.run(["bash", ROOT / script, *map(str, words)], cwd=folder, env=env, check=True, timeout=60)
+    return [call.splitlines() for call in calls.read_text().split("END\n")[:-1]]
 
 
 def broken_images(root):

@@ -1,0 +1,17 @@
+"""What several test files read: image trees, written once for all tests of a process. No test changes them."""
+
+import pytest
+
+from tests.trees import make_tree
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory):
+    """3 classes of 12 images to train with, 8 of them labelled, and 7 to evaluate."""
+    return make_tree(tmp_path_factory.mktemp("tree"), train=12, val=7, labelled=8)
+
+
+@pytest.fixture(scope="session")
+def small_tree(tmp_path_factory):
+    """3 classes of 4 images to train with, all of them labelled, and 2 to evaluate."""
+    return make_tree(tmp_path_factory.mktemp("small_tree"), train=4, val=2)
