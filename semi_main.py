@@ -353,7 +353,7 @@ def train(args, device):
     utils.seed_everything(args.seed)  # the same initial weights on every rank
     run = Run(args, device)
     run.print_plan()
-    run.output.trim(run.state.epoch)
+    run.output.tidy(run.state.epoch)
     if args.resume == "auto" and run.resumed and Path(run.resumed).name != output_folder.LATEST:
         # checkpoint.pth is missing or damaged; a damaged one must not become checkpoint.prev.pth.
         run.save(keep_previous=False)

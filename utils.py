@@ -326,32 +326,28 @@ def writing(path, flag="--output_dir"):
 
 
 @contextmanager
-def atomic(path, flag="--output_dir", before_rename=None):
+def atomic(path, before_rename=None):
     """Open a binary file that replaces `path` when the block ends. `path` is never seen half-written.
 
     The content is written under a temporary name, synchronised to the disk and renamed. Where the block or the disk
-    fails, the temporary file is removed and `path` stays as it was.
+    fails, the temporary file is removed and `path` stays as it was. A killed process leaves `<path>.<pid>.tmp`.
 
     Args:
-        flag: the flag that decides where the file is, for the error message.
         before_rename: called without arguments when the new content is complete and `path` still has the old one.
-    Raises OSError naming the file.
     """
-    temporary = f"{path}.tmp"
-    with writing(path, flag):
-        try:
-            with open(temporary, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            if before_rename:
-                before_rename()
-            os.replace(temporary, path)
-            sync_folder(os.path.dirname(path))
-        except (OSError, ValueError, RuntimeError):
-            with suppress(OSError):
-                os.remove(temporary)
-            raise
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if before_rename:
+            before_rename()
+        os.replace(temporary, path)
+        sync_folder(os.path.dirname(path))
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(temporary)
 
 
 def sync_folder(folder):
@@ -364,8 +360,8 @@ def sync_folder(folder):
 
 
 def write_atomic(path, content, flag="--output_dir"):
-    """Replace a file by text or bytes, as `atomic` does. Raises OSError naming the file."""
-    with atomic(path, flag) as file:
+    """Replace a file by text or bytes, as `atomic` does. Raises OSError naming the file and the flag."""
+    with writing(path, flag), atomic(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 

@@ -1,1 +1,1 @@
-"""Speed and memory, measured against the published formulation."""
+"""Measurements of speed and memory, compared with the published formulation."""

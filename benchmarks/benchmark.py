@@ -1,11 +1,11 @@
-"""Time and memory of this code against the published formulation, on this machine, as Markdown.
+"""Compare the time and memory of this code with the published formulation on this machine; prints Markdown.
 
     python -m benchmarks.benchmark [train|eval|data|policies|optimizer|memory|all] [--quick] [--output FILE.md]
 
-published_formulation.py differs from ours by the named levers alone: a proof in float64 comes first, and the run ends
-where they do not compute the same. All variants of a table are called in turn, round after round, after warm-up
-rounds; a line has the medians (and quartiles), their ratio, and what the ratio shall be at least. bf16 is measured
-where the CPU has avx512_bf16, and on CUDA.
+The published formulation (published_formulation.py) differs from ours only by the named optimizations. The program
+first proves in float64 that the two compute the same, and stops if they do not. All variants of a table are called in
+turn, round after round, after warm-up rounds. A row has the medians (and quartiles), their ratio, and the smallest
+ratio wanted. bf16 is measured on CUDA and on CPUs with avx512_bf16.
 """
 
 import argparse
@@ -34,9 +34,10 @@ import models
 import utils
 from benchmarks import published_formulation as published
 from benchmarks.interleaved import Line, measure, profiled, table
-from benchmarks.variants import DECAY, VARIANTS, batch, flags, has_bf16, network, prove, scattered, step_of
+from benchmarks.variants import DECAY, VARIANTS, batch, build_step, flags, has_bf16, network, prove, random_logits
 from datasets import build_training_sets
 from pseudo_labels import POLICIES, select_targets
+from tests.equality import same
 from training import optimization
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +52,7 @@ ALONE = [
     Line(f"{name} alone", "published fp32", name)
     for name in ("pool first", "enlarge last", "channels_last", "SDPA", "bf16", "compile", "fused AdamW", "foreach EMA")
 ]
-MEMORY = {  # variant: its peak as a share of published fp32, at most
+MEMORY = {  # variant: largest peak wanted, as a share of published fp32
     "published fp32": 1.0,
     "ours fp32": 0.92,
     "ours bf16": 0.70,
@@ -64,36 +65,36 @@ MEMORY = {  # variant: its peak as a share of published fp32, at most
 
 
 def _calls(lines, make, args):
-    """{name: make(name)} of all calls the lines name, without those in bf16 where it is not run."""
+    """{name: make(name)} of all calls that the lines compare, without bf16 ones where bf16 is slow."""
     names = dict.fromkeys(name for line in lines for name in (line.published, line.ours))
     return {name: make(name) for name in names if "bf16" not in name or has_bf16(args.device)}
 
 
 def train(args):
-    """The training step, then every lever alone in the published one; on CUDA with images a second."""
+    """The training step, then the published step with each optimization alone."""
     labelled, unlabelled = args.sizes
     head = f"### Training step: {labelled} labelled, {unlabelled} strong and {unlabelled} weak images\n\n"
     lines = [line for line in TRAIN if args.device.type == "cpu" or line.published == "published bf16"]
     tables = []
     for each in (lines, ALONE):
-        calls = _calls(each, lambda name: step_of(args, VARIANTS[name])[0], args)
+        calls = _calls(each, lambda name: build_step(args, VARIANTS[name])[0], args)
         tables.append(table(each, calls, args, images=labelled + unlabelled))
         if args.profile and each is lines:
             profiles = [f"{name}:\n\n{profiled(call, args)}" for name, call in calls.items()]
-        calls.clear()  # every variant holds its own weights, gradients, moments and average
+        calls.clear()  # each variant holds weights, gradients, moments and average of its own
         gc.collect()
-    text = head + "\n\nEvery lever alone, in the published step:\n\n".join(tables)
+    text = head + "\n\nEach optimization alone, in the published step:\n\n".join(tables)
     return "\n\n".join([text, *profiles]) if args.profile else text
 
 
 def evaluation(args):
-    """Forward passes of an evaluation batch, ours with BatchNorm folded into the convolutions and channels_last."""
+    """The forward pass of an evaluation batch; ours has BatchNorm folded into the convolutions and channels_last."""
     model, images = network(args), batch(args, args.batch, 0)[0][0]
     with torch.no_grad():
-        model(images)  # in train mode: statistics of these images, as after training
+        model(images)  # in train mode, so that BatchNorm has statistics of images, as after training
     model.eval()
     networks = {"published": published.as_published(model), "ours": models.fold_batchnorm(model)}
-    networks |= {lever: published.as_published(model, (lever,)) for lever in (*published.PARTS, "channels_last")}
+    networks |= {name: published.as_published(model, (name,)) for name in (*published.PARTS, "channels_last")}
     networks |= {"bf16": networks["published"], "folded": models.fold_batchnorm(networks["published"])}
 
     def make(name):
@@ -120,7 +121,7 @@ def evaluation(args):
 
 
 def photo(path, seed):
-    """Write a 500 x 375 JPEG of quality 90: smooth gradients and noise, as compressible as a photograph."""
+    """Write a 500 x 375 JPEG file of quality 90, smooth gradients with noise, as compressible as a photograph."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize((500, 375), Image.BICUBIC)
     noisy = np.asarray(coarse, dtype=float) + rng.normal(0, 8, (375, 500, 3))
@@ -129,7 +130,7 @@ def photo(path, seed):
 
 @contextmanager
 def one_thread():
-    """PyTorch with one thread inside."""
+    """A context in which PyTorch uses one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -139,7 +140,10 @@ def one_thread():
 
 
 def data(args):
-    """Strong and weak view of a JPEG on one core; published and the default backend make equal pixels, as checked."""
+    """Decoding and augmenting a JPEG file twice, on one core.
+
+    Raises ValueError if the published pixels and those of the default backend differ.
+    """
     with one_thread(), tempfile.TemporaryDirectory() as folder:
         for i in range(args.photos):
             Path(folder, "train", f"class{i % 2}").mkdir(parents=True, exist_ok=True)
@@ -160,12 +164,12 @@ def data(args):
         }
 
         def batch_of(name, rounds):
-            utils.seed_everything(next(rounds))  # the same crops and augmentations for all, others every round
+            utils.seed_everything(next(rounds))  # the same crops and augmentations for all, different in each round
             return makers[name]()
 
-        theirs, mine = (batch_of(name, count()) for name in ("published", "ours, pixel-exact"))
-        if not all(a.equal(b) for a, b in zip(theirs, mine)):
-            raise ValueError("The published views and those of --data-backend pil differ: mend transforms.py.")
+        theirs, mine = (list(batch_of(name, count())[:2]) for name in ("published", "ours, pixel-exact"))
+        if not same(theirs, mine):
+            raise ValueError("The published views and those of --data-backend pil differ: correct transforms.py.")
         calls = {name: partial(batch_of, name, count()) for name in makers}
         lines = [
             Line("`fast`, uint8 out", "published", "ours, uint8", 1.9),
@@ -177,18 +181,18 @@ def data(args):
 
 
 def policies(args):
-    """Pseudo-labels of 95 images by every Vote and weight policy."""
-    logits, names = scattered(args), [name for name in POLICIES if name.startswith(("Vote", "weight"))]
+    """The pseudo labels of 95 images, by every Vote and weight policy."""
+    logits, names = random_logits(args), [name for name in POLICIES if name.startswith(("Vote", "weight"))]
     both = {"published": published.select_targets, "ours": select_targets}
     calls = {f"{who} {name}": partial(both[who], *logits, name, 0.7, 1.0) for name in names for who in both}
     lines = [Line(f"`{name}`", f"published {name}", f"ours {name}", 5) for name in names]
-    with one_thread():  # waking a second one takes longer than the work
+    with one_thread():  # starting a second one takes longer than the work
         text = table(lines, calls, args, times=10)
     return f"### Policies, {len(logits[0])} x {args.classes} logits, one core\n\n" + text
 
 
 def optimizer(args):
-    """A step of AdamW and an update of the moving average, on the real parameters with random gradients."""
+    """An AdamW step and an update of the moving average, on the network's parameters with random gradients."""
     given, model = flags("--opt", "adamw", "--lr", "1e-3"), network(args)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter) * 1e-3
@@ -204,30 +208,33 @@ def optimizer(args):
 
 
 def peak_of(args, variant):
-    """Peak bytes of the second step, all that the process holds for training included; call it in a fresh process."""
+    """Peak memory in bytes of the second step, with all that the process holds for training.
+
+    Must be called in a fresh process.
+    """
 
     def resident(field):
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024
 
     before = resident("VmRSS")
-    step = step_of(args, variant)[0]
+    step = build_step(args, variant)[0]
     step()
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
     step()
     return resident("VmHWM") - before
 
 
 def memory(args):
-    """Peak memory of a step, every variant in a process of its own."""
+    """The peak memory of a step, with each variant in its own process."""
     peaks = {}
-    # Without it malloc keeps what the first step freed; with it every tensor above 64 KB goes back to the system.
     words = ["--device", str(args.device), "--model", args.model, "--input-size", str(args.input_size)]
     words += ["--threads", str(args.threads)] + ["--quick"] * args.quick
+    # Makes malloc return freed tensors above 64 KB to the system, instead of keeping what the first step freed.
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     for name in MEMORY:
         if "bf16" in name and not has_bf16(args.device):
@@ -235,7 +242,7 @@ def memory(args):
         command = [sys.executable, "-m", "benchmarks.benchmark", "memory", *words, "--variant", name]
         done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
         if done.returncode:
-            raise ValueError(f"The memory of {name} could not be measured: see its error above.")
+            raise ValueError(f"Cannot measure the memory of {name}: see its error above.")
         peaks[name] = json.loads(done.stdout.splitlines()[-1])
     labelled, unlabelled = args.sizes
     rows = [f"### Peak memory of the step: {labelled} labelled, {unlabelled} strong and {unlabelled} weak images\n"]
@@ -264,8 +271,8 @@ FULL = dict(model="Semiformer_small_patch16", input_size=224, rounds=10, warmup=
 QUICK = dict(model="Semiformer_micro_patch16", input_size=32, rounds=2, warmup=1, batch=4, photos=2, classes=10)
 
 
-def settled(args):
-    """The arguments with every default filled in. Raises ValueError where the device is not there."""
+def with_defaults(args):
+    """Fill in the defaults of all arguments and set the number of threads. ValueError if the device is missing."""
     for name, value in (QUICK if args.quick else FULL).items():
         setattr(args, name, getattr(args, name, None) or value)
     args.device = utils.init_distributed(args.device)
@@ -276,7 +283,7 @@ def settled(args):
 
 
 def machine(args):
-    """The machine, the versions and the settings of the run, as a sentence or two."""
+    """A line on the date, the machine, the versions and the settings."""
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     model = re.search(r"model name\s*: (.*)", text)
     env, bf16 = utils.environment(), "with" if "avx512_bf16" in text else "without"
@@ -287,12 +294,12 @@ def machine(args):
         f"{gpu}; {args.threads} threads, load {os.getloadavg()[0]:.1f} at the start; {versions}, Pillow "
         f"{PIL.__version__}; revision {env['revision']}. {args.model}, {args.input_size} px, {args.rounds} rounds "
         f"after {args.warmup} of warm-up; medians (quartiles)."
-        + (" `--quick`: times mean nothing." if args.quick else "")
+        + (" `--quick`: the times are meaningless." if args.quick else "")
     )
 
 
-def ceilings(args):
-    """What the machine can do at most, as a sentence: no line of a table can be far above these."""
+def machine_speed(args):
+    """A sentence on the speed of the machine itself, which bounds what any row of a table can reach."""
     square, line = torch.randn(2048, 2048, device=args.device), torch.randn(2**25, device=args.device)
     half, other = square.bfloat16(), torch.empty_like(line)
     calls = {"fp32": lambda: square @ square, "bf16": lambda: half @ half, "copy": lambda: other.copy_(line)}
@@ -300,40 +307,40 @@ def ceilings(args):
     fp32, bf16 = (2 * 2048**3 / seconds[name] / 1e9 for name in ("fp32", "bf16"))
     copied = 2 * line.nbytes / seconds["copy"] / 1e9
     return (
-        f"Ceilings of the machine: a product of 2048 x 2048 matrices at {fp32:.0f} GFLOP/s in fp32 and {bf16:.0f} in "
-        f"bf16, a copy moves {copied:.0f} GB/s."
+        f"The machine multiplies 2048 x 2048 matrices at {fp32:.0f} GFLOP/s in fp32 and {bf16:.0f} GFLOP/s in bf16, "
+        f"and copies {copied:.0f} GB/s."
     )
 
 
 def get_parser():
-    """The flags of this program."""
+    """The parser of this program's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", default="all", choices=[*PARTS, "all"], help="what to measure")
-    parser.add_argument("--quick", action="store_true", help="tiny network, two rounds: does it run?")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--quick", action="store_true", help="two rounds of a tiny network, to see that it runs")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--model", help=f"two-stream network (default: {FULL['model']})")
-    parser.add_argument("--input-size", type=int, help="side in pixels (default: 224)")
-    parser.add_argument("--rounds", type=int, help="rounds that count (default: 10; of small calls 10 times as many)")
+    parser.add_argument("--input-size", type=int, help="side of the images in pixels (default: 224)")
+    parser.add_argument("--rounds", type=int, help="rounds after the warm-up (default: 10; more for short calls)")
     parser.add_argument(
-        "--threads", type=int, default=os.cpu_count(), help="of all but `data` and `policies`, which have one"
+        "--threads", type=int, default=os.cpu_count(), help="CPU threads; `data` and `policies` always use one"
     )
-    parser.add_argument("--profile", action="store_true", help="add where the time goes to `train` and `eval`")
+    parser.add_argument("--profile", action="store_true", help="add profiles of `train` and `eval`")
     parser.add_argument("--output", type=Path, help="append the Markdown to this file instead of printing it")
-    parser.add_argument("--variant", choices=MEMORY, help="print the peak bytes of this one (`memory` asks so)")
+    parser.add_argument("--variant", choices=MEMORY, help="print the peak memory of this variant (used by `memory`)")
     return parser
 
 
 def report(args):
-    """The Markdown of the part that was asked for, or of all."""
+    """The Markdown of the chosen part, or of all parts."""
     chosen = PARTS.values() if args.part == "all" else [PARTS[args.part]]
-    return "\n\n".join([machine(args), ceilings(args), prove(args), *(part(args) for part in chosen)])
+    return "\n\n".join([machine(args), machine_speed(args), prove(args), *(part(args) for part in chosen)])
 
 
 def main():
-    """Prove, measure, report."""
+    """Prove that both formulations compute the same, measure them, and print or append the report."""
     args = get_parser().parse_args()
     try:
-        args = settled(args)
+        args = with_defaults(args)
         text = str(peak_of(args, VARIANTS[args.variant])) if args.variant else report(args)
         if args.output is None:
             print(text)

@@ -1,4 +1,4 @@
-"""Calls timed in turn, round after round, so that whatever else the machine does meets all of them alike."""
+"""Interleaved timing: calls run in turn, round after round, so that other load on the machine affects all alike."""
 
 import gc
 import time
@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity
 
 
 class Line(NamedTuple):
-    """A line of a table: the names of the two calls compared, and what the ratio of their times shall be at least."""
+    """A row of a table: its name, the names of the two calls compared, and the smallest ratio of times wanted."""
 
     name: str
     published: str
@@ -21,7 +21,7 @@ class Line(NamedTuple):
 
 
 def clock(call, device, strict=False):
-    """Seconds of a call, the device's work included; `strict`: RuntimeError where it waits for a GPU."""
+    """Seconds of a call with its work on the device; with `strict`, RuntimeError if it synchronises with the GPU."""
     if device.type != "cuda":
         start = time.perf_counter()
         call()
@@ -37,7 +37,7 @@ def clock(call, device, strict=False):
 
 @contextmanager
 def no_synchronisation():
-    """On CUDA, what waits for the device raises RuntimeError inside."""
+    """A context in which any synchronisation with the GPU raises RuntimeError."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -46,9 +46,9 @@ def no_synchronisation():
 
 
 def measure(calls, rounds, warmup, device):
-    """Seconds of every call in every round, {name: (rounds,)}, in turn; `warmup` rounds before are not counted.
+    """Time the calls in turn, round after round; returns {name: seconds of each round}, without `warmup` first rounds.
 
-    On CUDA a call named "ours ..." that waits for the device raises RuntimeError, the warm-up aside.
+    On CUDA, a call named "ours ..." that synchronises with the GPU after the warm-up raises RuntimeError.
     """
     seconds = {name: [] for name in calls}
     for i in range(warmup + rounds):
@@ -60,12 +60,14 @@ def measure(calls, rounds, warmup, device):
 
 
 def table(lines, calls, args, images=None, times=1):
-    """Measure the calls, and the Markdown of the lines; a line with a call that is not there says why.
+    """Measure the calls and return the Markdown table of the lines. Lines whose calls are missing are marked not run.
 
     Args:
-        calls: {name: call}; args: rounds, warmup and device are read.
-        images: how many a call does; adds a column, images a second of ours.
-        times: rounds for each of `args.rounds`, for calls of milliseconds.
+        lines: the Lines of the table.
+        calls: {name: call}.
+        args: rounds, warmup and device are used.
+        images: images that a call processes; adds a column with ours in images per second.
+        times: multiplies `args.rounds`, for calls that take milliseconds.
     """
     gc.collect()
     seconds = measure(calls, args.rounds * times, args.warmup, args.device)
@@ -88,7 +90,7 @@ def table(lines, calls, args, images=None, times=1):
 
 
 def idle_share(spans):
-    """Share of the time from the first start to the last end, 0..1, in which none of the (start, end) spans runs."""
+    """Share (0..1) of the time from the first start to the last end that none of the (start, end) spans covers."""
     spans = sorted(spans)
     busy, reached = 0.0, spans[0][0]
     for start, end in spans:
@@ -98,7 +100,7 @@ def idle_share(spans):
 
 
 def profiled(call, args, steps=3, top=15):
-    """Markdown: where `steps` calls spend the device's time, the `top` first, and on CUDA the share it is idle."""
+    """Profile `steps` calls: a Markdown table of the `top` kernels, and on CUDA the share of time the GPU is idle."""
     cuda = args.device.type == "cuda"
     call()
     with torch.profiler.profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as profile:
@@ -107,14 +109,14 @@ def profiled(call, args, steps=3, top=15):
         if cuda:
             torch.cuda.synchronize()
     events = profile.key_averages()
-    if cuda:  # an operator's own device time is that of its kernels, which are listed themselves
+    if cuda:  # an operator's device time is that of its kernels, which are listed themselves
         events = [event for event in events if event.device_type == DeviceType.CUDA]
     own = {event.key: event.self_device_time_total if cuda else event.self_cpu_time_total for event in events}
-    count, whole = {event.key: event.count for event in events}, sum(own.values())
+    count, total = {event.key: event.count for event in events}, sum(own.values())
     rows = ["| kernel | calls a step | ms a step | share |", "|---|---|---|---|"]
     for key in sorted(own, key=own.get, reverse=True)[:top]:
         name = key.replace("|", "/")[:80]
-        rows.append(f"| `{name}` | {count[key] / steps:.0f} | {own[key] / steps / 1000:.4g} | {own[key] / whole:.1%} |")
+        rows.append(f"| `{name}` | {count[key] / steps:.0f} | {own[key] / steps / 1000:.4g} | {own[key] / total:.1%} |")
     if cuda:
         spans = [(e.time_range.start, e.time_range.end) for e in profile.events() if e.device_type == DeviceType.CUDA]
         rows.append(f"\nThe GPU is idle {idle_share(spans):.1%} of the time.")

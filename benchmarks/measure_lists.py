@@ -1,11 +1,11 @@
-"""Measure what a list of 1.28 million images costs the training process and each of its loader workers.
+"""Measure the memory that a list of 1.28 million images takes in the training process and in each loader worker.
 
     python -m benchmarks.measure_lists [--images 1281167] [--workers 8] [--batches 300] >> docs/benchmarks.md
 
-The list is synthetic: ImageNet's number of paths, of its length, which all lead to eight small JPEG files. A loader
-goes through some hundred batches of it; then /proc tells the proportional set size (PSS, which shares out among the
-processes what they hold in common) of this process and of its workers. The same with a list of eight images is taken
-off: what is left is the list's.
+The list is synthetic: as many paths as ImageNet has, about as long, all of which lead to eight small JPEG files. After
+some hundred batches, the proportional set size (PSS, which divides shared memory among the processes that share it) of
+the process and its workers is read from /proc. What a list of only eight images takes is subtracted; the rest is due
+to the list. Exits with status 1 if that exceeds 200 MB in any process.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from tests.proofs.prove_memory import children
 ROOT = Path(__file__).resolve().parents[1]
 
 BATCH, FILES = 16, 8
-LIMIT = 200  # MB a process
+LIMIT = 200  # MB per process
 
 
 def proportional(process):
@@ -38,7 +38,7 @@ def proportional(process):
 
 
 def synthetic(root, images):
-    """Samples of so many paths, 31 letters long (ImageNet's have 30 at most), and FILES files below root."""
+    """Samples with so many paths of 31 characters (ImageNet's have 30 at most) to FILES files, written below `root`."""
     (root / "n00000000").mkdir(exist_ok=True)
     for i in range(FILES):
         Image.new("RGB", (40, 36), (i, 0, 0)).save(root / f"{i}.JPEG")
@@ -46,49 +46,43 @@ def synthetic(root, images):
     return Samples(FileSource(root, list(paths)), np.arange(images) % 1000, ("",) * 1000)
 
 
-def measured(images, workers, batches):
-    """PSS in MB after so many batches: of this process, then of each worker of its loader."""
+def measure(images, workers, batches):
+    """PSS in MB of this process and of each of its loader workers, after so many batches."""
     with tempfile.TemporaryDirectory() as folder:
         views = MultiViewDataset(synthetic(Path(folder), images), np.arange(images), weak_view(32), tolerated=0)
-        steps = max(batches + 2 * workers, images // BATCH)  # a whole pass; the workers are still at it when measured
+        steps = max(batches + 2 * workers, images // BATCH)  # enough for the workers to be busy when they are measured
         loader = training_loader(views, training_order(images), BATCH, steps, seed=0, epoch=0, rank=0, stream=0,
                                  num_workers=workers, pin_memory=False)  # fmt: skip
-        seen = read_batches(loader)
+        loaded = read_batches(loader)
         for _ in range(batches):
-            next(seen)
+            next(loaded)
         return [proportional(process) for process in (os.getpid(), *children(os.getpid()))]
 
 
 def main():
-    """Print a Markdown table; status 1 where the list takes more than LIMIT in a process."""
+    """Print a Markdown table, and exit with status 1 if the list takes more than LIMIT in a process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1_281_167, help="length of the list (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=8, help="loader workers (default: %(default)s)")
-    parser.add_argument("--batches", type=int, default=300, help="batches before (default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=300, help="batches before measuring (default: %(default)s)")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.alone:
-        print(*measured(args.images, args.workers, args.batches))
+        print(*measure(args.images, args.workers, args.batches))
         return
     rows = []
     for images in (args.images, FILES):
         words = ["--images", images, "--workers", args.workers, "--batches", args.batches, "--alone"]
-        command = [
-            sys.executable,
-            "-W",
-            "ignore::UserWarning",
-            "-m",
-            "benchmarks.measure_lists",
-            *map(str, words),
-        ]  # more workers than cores
+        python = [sys.executable, "-W", "ignore::UserWarning"]  # PyTorch's, about more workers than cores
+        command = [*python, "-m", "benchmarks.measure_lists", *map(str, words)]
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
         rows.append([float(word) for word in done.stdout.split()])
-    print(f"| process | PSS, MB, {args.images:,} images | {FILES} images | the list's |\n|---|---|---|---|")
+    print(f"| process | PSS, MB, {args.images:,} images | {FILES} images | difference |\n|---|---|---|---|")
     for i, (with_list, without) in enumerate(zip(*rows)):
         name = f"worker {i}" if i else "training process"
         print(f"| {name} | {with_list:.1f} | {without:.1f} | {with_list - without:.1f} |")
     worst = max(a - b for a, b in zip(*rows))
-    print(f"\n{args.batches} batches: the list takes at most {worst:.1f} MB of a process (limit {LIMIT})")
+    print(f"\nAfter {args.batches} batches the list takes at most {worst:.1f} MB in a process (limit {LIMIT}).")
     sys.exit(worst > LIMIT)
 
 

@@ -1,10 +1,10 @@
-"""The published formulation, built of our own parts: what benchmarks/benchmark.py measures ours against.
+"""The published formulation, built from this project's parts, which benchmarks/benchmark.py compares with ours.
 
-Parameters, state dict, losses and the order of a step are ours; only the named levers differ. Squeeze and expand
-convolve the map (squeeze before it pools), the expanded map is enlarged and added before it is convolved, attention is
-an explicit softmax, maps are NCHW, AdamW and the moving average go tensor by tensor, the Vote and weight policies image
-by image, and images from Pillow to float in the worker.
-Written from docs and spec, not from the released code.
+Parameters, state dict, losses and the order of a step are ours; only the optimizations are missing. Squeeze and expand
+convolve the feature map (squeeze does so before it pools), the expanded map is enlarged and added before it is
+convolved, attention is an explicit softmax, feature maps are NCHW, AdamW and the moving average process one tensor at
+a time, the Vote and weight policies one image at a time, and workers convert Pillow images to float.
+Written from the project's specification and documentation, not from the released code.
 """
 
 import math
@@ -24,7 +24,7 @@ from training.optimization import build_optimizer
 
 
 class ConvThenPool(FCUDown):
-    """Squeeze in the published order: 1x1 convolution on the full map, then the average pool."""
+    """Squeeze in the published order: 1x1 convolution of the full map, then average pooling."""
 
     def forward(self, x, class_token):
         """(N, C, H, W), (N, 1, E) -> (N, 1 + HW/s^2, E)."""
@@ -35,7 +35,7 @@ class ConvThenPool(FCUDown):
 
 
 class ConvOnMap(FCUUp):
-    """Expand with the 1x1 convolution on the map."""
+    """Expand with a 1x1 convolution of the map."""
 
     def forward(self, tokens, grid):
         """(N, 1 + L, E), grid (h, w) with hw = L -> (N, C, h, w)."""
@@ -44,10 +44,10 @@ class ConvOnMap(FCUUp):
 
 
 class AddThenConv(ConvBlock):
-    """Bottleneck whose expanded map is enlarged at full width and added before the first convolution."""
+    """Bottleneck block that enlarges the expanded map at full width and adds it before the first convolution."""
 
     def forward(self, x, expanded=None):
-        """(N, in, H, W), expanded map or None -> (N, out, H/stride, W/stride), the activation squeeze reads."""
+        """(N, in, H, W), expanded map or None -> (N, out, H/stride, W/stride), and the activation for squeeze."""
         if expanded is None or self.narrow:
             return super().forward(x, expanded)
         shortcut = self.residual_bn(self.residual_conv(x)) if self.project else x
@@ -58,7 +58,7 @@ class AddThenConv(ConvBlock):
 
 
 class ExplicitAttention(Attention):
-    """Attention as four operations: product with the keys, scale, softmax, product with the values."""
+    """Attention as four operations: product with the keys, scaling, softmax, product with the values."""
 
     def forward(self, x, **_):
         """(N, L, E) -> (N, L, E)."""
@@ -69,30 +69,29 @@ class ExplicitAttention(Attention):
         return self.proj_drop(self.proj((attention @ v).transpose(1, 2).reshape(n, length, -1)))
 
 
-# lever: the parts of ours it consists of, and what stands in their place in the published formulation.
-PARTS = {
+PARTS = {  # optimization: {our module: the published one that it replaces}
     "pool first": {FCUDown: ConvThenPool, FCUUp: ConvOnMap},
     "enlarge last": {ConvBlock: AddThenConv},
     "SDPA": {Attention: ExplicitAttention},
 }
 
 
-def as_published(model, levers=()):
-    """A copy of a network of ours in the published formulation, but for the named levers; the state dict is the same.
+def as_published(model, optimizations=()):
+    """Copy a network of ours into the published formulation. The copy has the same state dict.
 
     Args:
-        levers: of `PARTS`, or "channels_last".
+        optimizations: those that the copy keeps, keys of `PARTS` or "channels_last".
     """
-    layout = torch.channels_last if "channels_last" in levers else torch.contiguous_format
+    layout = torch.channels_last if "channels_last" in optimizations else torch.contiguous_format
     model = deepcopy(model).to(memory_format=layout)
-    replaced = {ours: theirs for lever in PARTS if lever not in levers for ours, theirs in PARTS[lever].items()}
+    replaced = {ours: theirs for name in PARTS if name not in optimizations for ours, theirs in PARTS[name].items()}
     for module in model.modules():
         module.__class__ = replaced.get(type(module), type(module))
     return model
 
 
 class PerTensorEma:
-    """The moving average of everything in the state dict, one tensor after the other."""
+    """The exponential moving average of a state dict, one tensor after the other."""
 
     def __init__(self, model, decay):
         self.module, self.decay = deepcopy(model).eval(), decay
@@ -106,7 +105,7 @@ class PerTensorEma:
 
 
 def adamw(args, model):
-    """AdamW with our flags' parameter groups, one tensor after the other."""
+    """AdamW with the parameter groups of our flags, one tensor after the other."""
     ours = build_optimizer(args, model)
     settings = {key: ours.defaults[key] for key in ("lr", "betas", "eps")}
     groups = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in ours.param_groups]
@@ -114,19 +113,19 @@ def adamw(args, model):
 
 
 def arbitrate(policy, conv, trans):
-    """(target, weight) of one image under a Vote or weight policy: the published table, row by row.
+    """(target, weight) of one image under a Vote or weight policy, following the published table row by row.
 
     Args:
-        conv, trans: (class, its probability, whether that reaches the threshold), of CNN and transformer.
+        conv, trans: (class, its probability, whether that reaches the threshold), of the CNN and the transformer.
     """
-    (c_class, c_prob, c_sure), (t_class, t_prob, t_sure) = conv, trans
-    if not c_sure and (not t_sure or policy in ("Vote_larger2", "Vote_equal2")):
+    (c_class, c_prob, c_confident), (t_class, t_prob, t_confident) = conv, trans
+    if not c_confident and (not t_confident or policy in ("Vote_larger2", "Vote_equal2")):
         return 0, 0.0
-    both = c_sure and t_sure
+    both = c_confident and t_confident
     larger = c_class if c_prob > t_prob else t_class
     if policy.startswith("Vote"):
         if not both:
-            return (c_class if c_sure else t_class), 1.0
+            return (c_class if c_confident else t_class), 1.0
         if policy in ("Vote_equal", "Vote_equal2"):
             return (c_class, 1.0) if c_class == t_class else (0, 0.0)
         return (c_class if policy == "Vote_cnnBias" else larger), 1.0
@@ -135,17 +134,17 @@ def arbitrate(policy, conv, trans):
     if version <= 4:
         if both:
             return (c_class, 1.0) if c_class == t_class else (larger, 0.5)
-        if c_sure:
+        if c_confident:
             return c_class, 1.0 if version in (1, 2) else 0.5
         return (t_class, 0.5) if version in (2, 4) else (0, 0.0)
     if both:
         return c_class, 1.0 if c_class == t_class else 0.5
-    if c_sure:
+    if c_confident:
         return c_class, 0.5 if version == 5 else 1.0
     return 0, 0.0
 
 
-MERGES = {  # policies of one distribution: no loop in the released code either
+MERGES = {  # the policies with a single distribution, which have no loop in the released code either
     "cnn": lambda conv, trans: conv.softmax(-1),
     "transformer": lambda conv, trans: trans.softmax(-1),
     "fuse": lambda conv, trans: ((conv + trans) / 2).softmax(-1),
@@ -154,24 +153,24 @@ MERGES = {  # policies of one distribution: no loop in the released code either
 
 
 def select_targets(conv_logits, trans_logits, policy, threshold, temperature=1.0):
-    """`pseudo_labels.select_targets`, the Vote and weight policies image by image: (U, C) twice -> (U,) and (U,)."""
-    at_least = torch.promote_types(conv_logits.dtype, torch.float32)
-    conv, trans = (logits.to(at_least) / temperature for logits in (conv_logits, trans_logits))
+    """`pseudo_labels.select_targets` with a loop over images: logits (U, C) twice -> targets and weights (U,)."""
+    dtype = torch.promote_types(conv_logits.dtype, torch.float32)
+    conv, trans = (logits.to(dtype) / temperature for logits in (conv_logits, trans_logits))
     if policy in MERGES:
         probability, target = MERGES[policy](conv, trans).max(-1)
-        return target, (probability >= threshold).to(at_least)
+        return target, (probability >= threshold).to(dtype)
     streams = [logits.softmax(-1).max(-1) for logits in (conv, trans)]
     targets, weights = torch.zeros_like(streams[0].indices), torch.zeros_like(streams[0].values)
     for i in range(len(conv)):
-        said = [(cls[i].item(), prob[i].item(), (prob[i] >= threshold).item()) for prob, cls in streams]
-        targets[i], weights[i] = arbitrate(policy, *said)
+        predictions = [(cls[i].item(), prob[i].item(), (prob[i] >= threshold).item()) for prob, cls in streams]
+        targets[i], weights[i] = arbitrate(policy, *predictions)
     return targets, weights
 
 
 def train_step(model, optimizer, ema, labelled, unlabelled, recipe, autocast):
-    """One published step; the arguments are those of `engine.train_step`.
+    """Train one step of the published formulation; the arguments are those of `engine.train_step`.
 
-    Returns the loss parts. Raises FloatingPointError where the loss is not finite, which waits for the device.
+    Returns the loss parts. Raises FloatingPointError if the loss is not finite, which synchronises with the device.
     """
     (images, labels), (strong, weak) = labelled[:2], unlabelled[:2]
     with autocast():
@@ -193,7 +192,7 @@ def train_step(model, optimizer, ema, labelled, unlabelled, recipe, autocast):
 
 
 class PillowToFloat:
-    """A file -> (strong, weak), float (3, size, size) each: decoded once, all the rest twice, erasing included."""
+    """Image file -> (strong, weak) views, float (3, size, size). Only the decoding is shared by the two views."""
 
     def __init__(self, size):
         self.strong = repair_posterize(

@@ -1,4 +1,4 @@
-"""The training step in all its variants, ours and the published one, and the proof that they are one function."""
+"""The training step in all its variants, ours and the published one, and the proof that they compute the same."""
 
 import argparse
 from dataclasses import replace
@@ -16,21 +16,22 @@ from benchmarks import published_formulation as published
 from losses import Recipe
 from options import get_args_parser
 from pseudo_labels import POLICIES, select_targets
+from tests.equality import same
 from training import optimization
 from training.checkpoint import TrainState
 
 DECAY, TOLERANCE = 0.99996, 1e-8
-RECIPE = Recipe(threshold=0.0, semi_lambda=4.0, unlabel_smooth=True)  # of run_ddp_example.sh, but every image counts
+RECIPE = Recipe(threshold=0.0, semi_lambda=4.0, unlabel_smooth=True)  # run_ddp_example.sh's, with every image confident
 
 
 class Variant(NamedTuple):
-    """A way to compute a training step: ours, or the published one with some levers of ours."""
+    """A way to compute a training step: ours, or the published one with some of our optimizations."""
 
     ours: bool = False
     bf16: bool = False
     compiled: bool = False
     checkpointed: bool = False
-    levers: tuple = ()
+    optimizations: tuple = ()
 
 
 VARIANTS = {
@@ -42,34 +43,33 @@ VARIANTS = {
     "ours fp32 --grad-checkpointing": Variant(ours=True, checkpointed=True),
     "ours bf16 --grad-checkpointing": Variant(ours=True, bf16=True, checkpointed=True),
     **{
-        lever: Variant(levers=(lever,))
-        for lever in ("pool first", "enlarge last", "channels_last", "SDPA", "fused AdamW")
+        name: Variant(optimizations=(name,))
+        for name in ("pool first", "enlarge last", "channels_last", "SDPA", "fused AdamW", "foreach EMA")
     },
-    "foreach EMA": Variant(levers=("foreach EMA",)),
     "bf16": Variant(bf16=True),
     "compile": Variant(compiled=True),
 }
 
 
 def flags(*words):
-    """Our program's flags, resolved."""
+    """Parse flags of semi_main.py."""
     return argparse.ArgumentParser(parents=[get_args_parser()]).parse_args(list(map(str, words)))
 
 
 def has_bf16(device):
-    """Whether bf16 is fast here: a CUDA GPU, or a CPU with avx512_bf16."""
+    """Whether the device computes bf16 fast: a CUDA GPU, or a CPU with avx512_bf16."""
     return device.type == "cuda" or "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
 
 
 def network(args, dtype=torch.float32):
-    """The network of --model as a run builds it, in train mode, with the same weights at every call."""
+    """Build the network of --model as a training does, in train mode, with the same weights at every call."""
     torch.manual_seed(0)
     given = flags("--model", args.model, "--input-size", args.input_size)
     return semi_main._network(given, args.classes, args.device).to(dtype).train()
 
 
 def batch(args, labelled, unlabelled, dtype=torch.float32):
-    """(images, labels), (strong, weak, classes): noise, on the device."""
+    """A batch of noise on the device: (images, labels), (strong, weak, true classes)."""
     rng = torch.Generator().manual_seed(1)
     side = (3, args.input_size, args.input_size)
     images, strong, weak = (
@@ -80,17 +80,17 @@ def batch(args, labelled, unlabelled, dtype=torch.float32):
     return tuple(tuple(tensor.to(args.device) for tensor in pair) for pair in pairs)
 
 
-def step_of(args, variant, dtype=torch.float32, sizes=None, recipe=RECIPE):
-    """(training step as a call without arguments that returns the loss parts, its network, its moving average)."""
+def build_step(args, variant, dtype=torch.float32, sizes=None, recipe=RECIPE):
+    """Build a variant's training step: (a function without arguments that returns the loss parts, network, EMA)."""
     autocast, scaler, _ = optimization.mixed_precision("bf16" if variant.bf16 else "off", args.device)
     labelled, unlabelled = batch(args, *(sizes or args.sizes), dtype)
     given, model = flags("--opt", "adamw", "--lr", "1e-3"), network(args, dtype)
     if not variant.ours:
-        model = published.as_published(model, variant.levers)
+        model = published.as_published(model, variant.optimizations)
     elif variant.checkpointed:
         models.enable_grad_checkpointing(model)
-    average = ModelEmaV3 if variant.ours or "foreach EMA" in variant.levers else published.PerTensorEma
-    fused = variant.ours or "fused AdamW" in variant.levers
+    average = ModelEmaV3 if variant.ours or "foreach EMA" in variant.optimizations else published.PerTensorEma
+    fused = variant.ours or "fused AdamW" in variant.optimizations
     ema = average(model, decay=DECAY)
     optimizer = (optimization.build_optimizer if fused else published.adamw)(given, model)
     if variant.compiled:
@@ -106,22 +106,22 @@ def step_of(args, variant, dtype=torch.float32, sizes=None, recipe=RECIPE):
 # -------------------------------------------------------------------------------- the proof
 
 
-def _same(what, ours, theirs, tolerance=TOLERANCE):
-    """Largest relative difference of two {name: tensor}; ValueError naming the first tensor where it is too large."""
-    # A gradient that is zero by calculus (a bias before BatchNorm) is noise in both: the floor leaves it out.
+def _largest_difference(what, ours, theirs, tolerance=TOLERANCE):
+    """Largest relative difference of two {name: tensor}. Raises ValueError if one is above the tolerance."""
+    # The floor excludes gradients that are mathematically zero (a bias before BatchNorm) and noise in both.
     floor = 1e-6 * max(float(tensor.norm()) for tensor in theirs.values())
-    apart = {name: float((ours[name] - t).norm() / t.norm().clamp(min=floor)) for name, t in theirs.items()}
-    for name, distance in apart.items():
-        if not distance <= tolerance:  # nor NaN
+    found = {name: float((ours[name] - t).norm() / t.norm().clamp(min=floor)) for name, t in theirs.items()}
+    for name, difference in found.items():
+        if not difference <= tolerance:  # also if it is NaN
             raise ValueError(
-                f"The published formulation is another function than ours: {what} differ by {distance:.1e} in {name}, "
-                "so no time would mean anything; mend benchmarks/published_formulation.py."
+                f"The published formulation does not compute what ours does: {what} differ by {difference:.1e} in "
+                f"{name}, so that times cannot be compared; correct benchmarks/published_formulation.py."
             )
-    return max(apart.values())
+    return max(found.values())
 
 
-def scattered(args, n=95):
-    """Weak logits of both streams, (n, classes) each: every mixture of sure, unsure, agreeing and differing."""
+def random_logits(args, n=95):
+    """Logits (n, classes) of both streams: confident and unconfident, agreeing and disagreeing in all combinations."""
     rng = torch.Generator().manual_seed(2)
     classes = torch.randint(args.classes, (2, n), generator=rng)
     classes[1, ::2] = classes[0, ::2]
@@ -132,39 +132,41 @@ def scattered(args, n=95):
 
 
 def prove(args):
-    """In float64: one step ours and one published give the same. Returns a sentence with the differences.
+    """Prove in float64 that a step of ours and a published one compute the same; returns a sentence.
 
-    Compared: evaluation logits (folded ones too), loss parts, every gradient, parameter, statistic and average, by the
-    norm of the difference relative to the norm, and exactly the targets and weights of all policies. Raises
-    ValueError where something differs.
+    Loss parts, gradients, parameters, statistics, averages and evaluation logits (with and without folded BatchNorm)
+    are compared by the norm of the difference relative to the norm, targets and weights of all policies exactly.
+    Raises ValueError if something differs.
     """
     found, sizes, recipe = {}, (2, 3), replace(RECIPE, policy="weight_v2")
-    both = [step_of(args, Variant(ours=ours), torch.float64, sizes, recipe) for ours in (True, False)]
+    both = [build_step(args, Variant(ours=ours), torch.float64, sizes, recipe) for ours in (True, False)]
     parts = []
     for step, *_ in both:
         torch.manual_seed(3)  # stochastic depth drops the same paths
         parts.append(step())
-    found["loss"] = _same("loss parts", *parts)
+    found["loss"] = _largest_difference("loss parts", *parts)
 
     def compare(what, tensors):
-        # The count of batches is an integer, which the published average rounds down; nothing reads it.
-        of = [{name: t for name, t in tensors(model, ema) if t.is_floating_point()} for _, model, ema in both]
-        found[what] = _same(what, *of)
+        # BatchNorm's counter of batches is an integer, which the published average rounds down; nothing reads it.
+        pair = [{name: t for name, t in tensors(model, ema) if t.is_floating_point()} for _, model, ema in both]
+        found[what] = _largest_difference(what, *pair)
 
     compare("gradients", lambda model, _: ((name, p.grad) for name, p in model.named_parameters()))
     compare("parameters and statistics", lambda model, _: model.state_dict().items())
     compare("averages", lambda _, ema: ema.module.state_dict().items())
     images = batch(args, 4, 1, torch.float64)[0][0]
-    with torch.no_grad():  # after the step, because to fold statistics of 0 and 1 proves nothing
+    with torch.no_grad():  # after the step, because before it there are only statistics of 0 and 1 to fold
         logits = [dict(enumerate(model.eval()(images))) for _, model, _ in both]
         folded = dict(enumerate(models.fold_batchnorm(both[0][1])(images)))
-    found["evaluation logits"] = max(_same("evaluation logits", each, logits[1]) for each in (logits[0], folded))
+    found["evaluation logits"] = max(
+        _largest_difference("evaluation logits", each, logits[1]) for each in (logits[0], folded)
+    )
     for policy in POLICIES:
-        said = [choose(*scattered(args), policy, 0.7, 1.0) for choose in (select_targets, published.select_targets)]
-        if not all(mine.equal(theirs) for mine, theirs in zip(*said)):
-            raise ValueError(f"The published policy {policy} labels other images than ours: mend one of the two.")
+        selected = [f(*random_logits(args), policy, 0.7, 1.0) for f in (select_targets, published.select_targets)]
+        if not same(*selected):
+            raise ValueError(f"The published policy {policy} labels other images than ours: correct one of the two.")
     figures = ", ".join(f"{what} {worst:.0e}" for what, worst in found.items())
     return (
-        f"Both compute the same, in float64 ({args.model}, {args.input_size} px, {sizes[0]} + {sizes[1]} images): "
-        f"largest difference relative to the norm: {figures}; all {len(POLICIES)} policies label alike."
+        f"Both compute the same in float64 ({args.model}, {args.input_size} px, {sizes[0]} + {sizes[1]} images). "
+        f"Largest differences relative to the norm: {figures}; all {len(POLICIES)} policies label alike."
     )

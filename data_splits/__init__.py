@@ -1,1 +1,1 @@
-"""Which images are labelled: fetch a published list or draw one."""
+"""Lists of the labelled images: published ones to download, and random ones drawn from a training folder."""

@@ -1,21 +1,23 @@
-"""Fetch a published list of labelled ImageNet images and check it.
+"""Download a published list of labelled ImageNet images and verify it.
 
     python -m data_splits.fetch_split {fixmatch10,fixmatch5,simclr1,simclr10} OUT_FOLDER [--url BASE]
 
-writes OUT_FOLDER/<list>.txt, for --data-split-file. fixmatch10 is the paper's 10 %, fixmatch5 its first 64,058
-lines, cut here; both must have the known sha256. Of SimCLR's balanced lists no sha256 is known here: the number of
-lines, the form of the names and that none comes twice are checked. A right file already there is not fetched again.
+Writes OUT_FOLDER/<list>.txt, for --data-split-file. fixmatch10 is the paper's 10 % list, and fixmatch5 consists of its
+first 64,058 lines; both are verified by their sha256. The sha256 of SimCLR's balanced lists is not known here, so that
+only the number of lines, the form of the names and the absence of duplicates are verified. A correct file that exists
+already is not downloaded again.
 """
 
 import argparse
 import hashlib
 import http.client
-import os
 import re
 import sys
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
+
+from utils import atomic
 
 FIXMATCH = "https://github.com/google-research/fixmatch/raw/d4985a1/imagenet/prep_imagenet_data/data_splits"
 SIMCLR = "https://github.com/google-research/simclr/raw/master/imagenet_subsets"
@@ -24,7 +26,14 @@ TIMEOUT = 30  # seconds without an answer
 
 
 class Published(NamedTuple):
-    """A published list: where it is (or the list it is the beginning of), and how to know it."""
+    """A published list.
+
+    Attributes:
+        lines: its number of lines.
+        sha256: its checksum, None if not known.
+        base, file: address of its folder, and its name there.
+        head_of: instead of an address, the list of whose first lines it consists.
+    """
 
     lines: int
     sha256: str | None = None
@@ -50,15 +59,15 @@ LISTS = {
 }
 
 
-def fault(content, wanted):
-    """What tells `content`, bytes, from the wanted Published list; None where nothing does."""
+def mismatch(content, wanted):
+    """How the bytes `content` differ from the wanted Published list, in words; None if they are that list."""
     if wanted.sha256:
         found = hashlib.sha256(content).hexdigest()
         return None if found == wanted.sha256 else f"its sha256 is {found}, not {wanted.sha256}"
     names = content.decode("ascii", "replace").splitlines()
     strange = [name for name in names if not NAME.fullmatch(name)]
     if strange:
-        return f"its line {strange[0][:60]!r} is no image name like n01440764_10026.JPEG"
+        return f"its line {strange[0][:60]!r} is not an image name like n01440764_10026.JPEG"
     if len(names) != wanted.lines:
         return f"it has {len(names)} lines, not {wanted.lines}"
     return None if len(set(names)) == len(names) else "it lists an image twice"
@@ -69,36 +78,31 @@ def _download(url, path):
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
             return response.read()
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise OSError(f"Cannot fetch {url} ({error}): get the file another way and put it at {path}.") from error
+        raise OSError(f"Cannot download {url} ({error}): get the file another way and put it at {path}.") from error
 
 
 def _write(path, content):
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
-        os.replace(part, path)
+        with atomic(path) as file:
+            file.write(content)
     except OSError as error:
-        raise OSError(f"Cannot write {path} ({error.strerror}): give an OUT_FOLDER that can be written.") from error
-    finally:
-        if part.exists():
-            part.unlink()
+        raise OSError(f"Cannot write {path} ({error.strerror}): choose an OUT_FOLDER that can be written.") from error
 
 
 def fetch(name, folder, url=None):
-    """Fetch the list `name` of LISTS, unless it is there, and return its path; nothing is kept of a wrong one.
+    """Download the list `name` of LISTS into a folder unless it is there, and return its path.
 
     Args:
-        url: address of the folder that holds the file, instead of the published one.
+        url: address of the folder that contains the file, instead of the published one.
 
-    Raises OSError naming the address that gives no file, or the file that cannot be written, ValueError naming
-    the file or address that is not the published list.
+    Raises OSError if the file cannot be downloaded or written, ValueError if it is not the published list.
     """
     wanted, path = LISTS[name], Path(folder, f"{name}.txt")
     if path.exists():
-        wrong = fault(path.read_bytes(), wanted)
+        wrong = mismatch(path.read_bytes(), wanted)
         if wrong:
-            raise ValueError(f"{path} is not the published list ({wrong}): remove it and fetch it again.")
+            raise ValueError(f"{path} is not the published list ({wrong}): remove it and download it again.")
         return path
     if wanted.head_of:
         source = fetch(wanted.head_of, folder, url)
@@ -106,27 +110,27 @@ def fetch(name, folder, url=None):
     else:
         source = f"{(url or wanted.base).rstrip('/')}/{wanted.file}"
         content = _download(source, path)
-    wrong = fault(content, wanted)
+    wrong = mismatch(content, wanted)
     if wrong:
-        raise ValueError(f"{source} does not give the published list ({wrong}): put the right file at {path} by hand.")
+        raise ValueError(f"{source} is not the published list ({wrong}): put the right file at {path} by hand.")
     _write(path, content)
     return path
 
 
 def main():
-    """The command line; an error is one sentence and status 1."""
+    """Download the list that the command line names, and print what was verified."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=LISTS, help="which list")
-    parser.add_argument("folder", metavar="OUT_FOLDER", help="folder to put it in")
-    parser.add_argument("--url", metavar="BASE", help="address of another folder that holds the published file")
+    parser.add_argument("name", choices=LISTS, help="name of the list")
+    parser.add_argument("folder", metavar="OUT_FOLDER", help="folder to write it to")
+    parser.add_argument("--url", metavar="BASE", help="address of another folder that contains the published file")
     arguments = parser.parse_args()
     try:
         path = fetch(**vars(arguments))
     except (OSError, ValueError) as error:
         sys.exit(f"fetch_split.py: error: {error}")
     wanted = LISTS[arguments.name]
-    known = f"sha256 {wanted.sha256}" if wanted.sha256 else "names and number right, sha256 not known here"
-    print(f"{path}: {wanted.lines} lines, {known}")
+    verified = f"sha256 {wanted.sha256}" if wanted.sha256 else "names and number correct, sha256 not known here"
+    print(f"{path}: {wanted.lines} lines, {verified}")
 
 
 if __name__ == "__main__":

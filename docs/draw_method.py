@@ -1,7 +1,7 @@
-"""Draws docs/method.png, the README's figure of one Semiformer training step: python docs/draw_method.py
+"""Draw docs/method.png, the README's figure of one Semiformer training step: python docs/draw_method.py
 
-Left to right: the three inputs, the two-stream network they share, the two losses. Solid arrows carry the
-gradient; dashed ones (the weak view up to its pseudo label) do not. One unit of the canvas is 0.1 inch.
+From left to right: the three inputs, the two-stream network, and the two losses. Gradients flow back along solid
+arrows; dashed arrows, from the weak view to its pseudo label, carry none. One unit of the canvas is 0.1 inch.
 """
 
 from pathlib import Path
@@ -16,24 +16,24 @@ from matplotlib.patches import FancyBboxPatch
 CNN, TRANSFORMER, DATA, INK = "#0072B2", "#D55E00", "#6E6E6E", "#222222"
 TINTS = {CNN: "#DCECF6", TRANSFORMER: "#FBE6D9", DATA: "#EEEEEE", INK: "#FFFFFF"}
 WIDTH, HEIGHT, DPI = 100, 52, 150
-TOP, BOTTOM = 32, 15  # the middle of the CNN row and of the transformer row
-STAGES, HEADS = (30.5, 41.5, 52.5), 63.5  # left edges; in each row, three blocks and a head
-BLOCK, HEAD_WIDTH = (8, 6.4), 9.6  # a block's width and height; a head is as high
+TOP, BOTTOM = 32, 15  # y of the middle of the CNN row and of the transformer row
+STAGES, HEADS = (30.5, 41.5, 52.5), 63.5  # left edges of the three blocks and the head in each row
+BLOCK, HEAD_WIDTH = (8, 6.4), 9.6  # width and height of a block; a head is as high
 
 
 def box(ax, x, y, width, height, text, colour, **style):
-    """A rounded box with its lower left corner at (x, y) and its text in the middle."""
+    """Draw a rounded box with its lower left corner at (x, y) and its text in the middle."""
     shape = "round,pad=0,rounding_size=0.9"
     ax.add_patch(FancyBboxPatch((x, y), width, height, shape, fc=TINTS[colour], ec=colour, lw=1.4))
     ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", linespacing=1.25, **style)
 
 
 def arrow(ax, *points, colour=INK, dashed=False, both=False):
-    """A line through the points with a head at its end (at both ends where asked)."""
+    """Draw an arrow through the points, with a head at its end, or with `both` at both ends."""
     style = {"color": colour, "lw": 1.5, "linestyle": (0, (3.5, 2)) if dashed else "-"}
     if len(points) > 2:
         ax.plot(*zip(*points[:-1], strict=True), solid_capstyle="butt", **style)
-    # The shaft may be dashed, the head never: a dashed outline would fray it.
+    # Only the shaft is dashed: a dashed outline would fray the head.
     head = {"arrowstyle": "-|>,head_length=0.5,head_width=0.22", "shrinkA": 0, "shrinkB": 0, "color": colour}
     ends = [points[-2:]] + ([points[-2:][::-1]] if both else [])
     for (x0, y0), (x1, y1) in ends:
@@ -44,7 +44,7 @@ def arrow(ax, *points, colour=INK, dashed=False, both=False):
 
 
 def draw_inputs(ax):
-    """The weak view (dashed) above the two inputs that go into the network together."""
+    """Draw the weak view (dashed) and, below it, the two inputs that go through the network together."""
     box(ax, 1, 33, 15, 8, "unlabelled,\nweak view (95)", DATA)
     box(ax, 1, 19, 15, 8, "unlabelled,\nstrong view (95)", DATA)
     box(ax, 1, 7, 15, 8, "labelled\nimages (13)", DATA)
@@ -60,7 +60,7 @@ def draw_inputs(ax):
 
 
 def draw_network(ax):
-    """The two rows of blocks, joined at every stage, and their heads."""
+    """Draw the two rows of blocks, which exchange features at every stage, and their heads."""
     frame = "round,pad=0,rounding_size=1.2"
     ax.add_patch(FancyBboxPatch((28, 3), 46.5, 38, frame, fc="#FAFAFA", ec=DATA, lw=1.2))
     width, height = BLOCK
@@ -84,13 +84,13 @@ def draw_network(ax):
 
 
 def draw_losses(ax):
-    """The weak view's way from the CNN's logits to a pseudo label, and the two losses."""
+    """Draw the path from the CNN's logits of the weak view to a pseudo label, and the two losses."""
     middle = HEADS + HEAD_WIDTH / 2
     arrow(ax, (middle, TOP + BLOCK[1] / 2), (middle, 44.5), dashed=True)
     ax.text(middle - 1, 42.8, "weak view's CNN logits", ha="right", va="center")
     box(ax, middle - 4.5, 44.5, 9, 6, "softmax", DATA)
     arrow(ax, (middle + 4.5, 47.5), (76, 47.5), dashed=True)
-    box(ax, 76, 44.5, 9, 6, "sure?\np \u2265 0.7", DATA)
+    box(ax, 76, 44.5, 9, 6, "confident?\np \u2265 0.7", DATA)
     arrow(ax, (85, 47.5), (89, 47.5), dashed=True)
     box(ax, 89, 44.5, 10, 6, "pseudo\nlabel", DATA, weight="bold")
     arrow(ax, (94, 44.5), (94, 36), dashed=True)
@@ -104,7 +104,7 @@ def draw_losses(ax):
 
 
 def main():
-    """Writes method.png beside this script."""
+    """Write method.png beside this script."""
     plt.rcParams.update({"font.size": 9.5, "text.color": INK})
     figure = plt.figure(figsize=(WIDTH / 10, HEIGHT / 10), dpi=DPI)
     ax = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(0, HEIGHT))

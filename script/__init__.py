@@ -1,1 +1,1 @@
-"""What users run beside the programs: launch scripts and small tools (python -m script.NAME)."""
+"""Launch scripts and small tools that users run besides the programs, as python -m script.NAME."""

@@ -2,82 +2,62 @@
 
     python -m script.check_images ROOT [--workers N] [--output FILE]
 
-Prints a line for each unreadable file with its reason, then how many images have which mode and how many are
-unreadable; --output writes the paths of these, relative to ROOT, one a line. Ends with status 1 if there are any.
-Images are what the readers take for images: files with a known ending, hidden ones left out.
+Prints the reason for each unreadable file, then how many images there are of each mode and how many are unreadable.
+--output writes the paths of the unreadable images, relative to ROOT, one a line. Exits with status 1 if there are any.
+It reads the files that training treats as images: those with a known suffix that are not hidden.
 """
 
 import argparse
 import os
 import sys
-import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from datetime import timedelta
 from pathlib import Path
+
+from tqdm import tqdm
 
 from images.decoding import UnreadableImage, read_rgb
 from images.readers import images_below
 
-CHUNK = 32  # images a worker takes at once
-KINDS = {
+CHUNK = 32  # images that a worker reads at a time
+CONVERSIONS = {  # Pillow mode: how it becomes RGB
     "RGB": "RGB",
-    "L": "8-bit grey, made RGB",
-    "1": "1-bit, made RGB",
-    "P": "palette, looked up",
-    "CMYK": "CMYK, made RGB",
-    "I": "16-bit or wider grey, made 8-bit",
-    "F": "floats, cut to 0..255",
-    "LA": "grey with alpha, dropped",
-    "RGBA": "RGB with alpha, dropped",
+    "L": "8-bit grey, converted to RGB",
+    "1": "1-bit, converted to RGB",
+    "P": "palette, converted to RGB",
+    "CMYK": "CMYK, converted to RGB",
+    "I": "16-bit or wider grey, reduced to 8 bits",
+    "F": "floating point, clamped to 0..255",
+    "LA": "grey with alpha, alpha dropped",
+    "RGBA": "RGB with alpha, alpha dropped",
 }
 
 
-def kind(mode):
+def conversion(mode):
     """How an image of this Pillow mode becomes RGB, in words."""
-    return KINDS.get("I" if mode.startswith("I;16") else mode, f"{mode}, made RGB")
+    return CONVERSIONS.get("I" if mode.startswith("I;16") else mode, f"{mode}, converted to RGB")
 
 
 def check(root, paths):
-    """[(path, mode or None, why it is unreadable or None)] of images, their paths relative to `root`."""
-    found = []
+    """Read images, whose paths are relative to `root`.
+
+    Returns [(path, mode, None)] for those that can be read and [(path, None, reason)] for the others.
+    """
+    results = []
     for path in paths:
         try:
-            found.append((path, read_rgb(Path(root, path))[1], None))
+            results.append((path, read_rgb(Path(root, path))[1], None))
         except UnreadableImage as error:
-            found.append((path, None, str(error)))
-    return found
-
-
-class Bar:
-    """A bar with counts, rate and time left on stderr: one line that is rewritten, or without a terminal a few."""
-
-    def __init__(self, total):
-        self.total, self.start, self.last = total, time.perf_counter(), 0.0
-        self.terminal = sys.stderr.isatty()
-
-    def show(self, done, bad):
-        """Show it, if the last time is long enough ago or all is done."""
-        now = time.perf_counter()
-        if done < self.total and now - self.last < (0.2 if self.terminal else 30):
-            return
-        self.last, rate = now, done / max(now - self.start, 1e-9)
-        left = timedelta(seconds=round((self.total - done) / rate))
-        line = f"[{'#' * (30 * done // self.total):30}] {done:,} of {self.total:,}, {bad:,} unreadable"
-        line += f", {rate:,.0f} images/s, {left} left"
-        print(
-            f"\r{line:<100}" if self.terminal else line, end="" if self.terminal else "\n", file=sys.stderr, flush=True
-        )
-        if self.terminal and done == self.total:
-            print(file=sys.stderr)
+            results.append((path, None, str(error)))
+    return results
 
 
 def check_all(root, workers):
-    """(Counter of kinds, {path: why it is unreadable}) of all images below `root`, with a bar.
+    """Read all images below `root` and show the progress; returns (Counter of conversions, {unreadable path: reason}).
 
-    Raises FileNotFoundError where there is no folder, ValueError where it holds no image or `workers` is below 1,
-    OSError for what is no image's fault.
+    Raises FileNotFoundError if there is no such folder, ValueError if it contains no image or `workers` is below 1, and
+    OSError for a failure that is not the fault of an image.
     """
     if workers < 1:
         raise ValueError(f"--workers {workers} must be at least 1.")
@@ -87,37 +67,40 @@ def check_all(root, workers):
     if not paths:
         raise ValueError(f"There is no image below {root}: ROOT must be a folder of images.")
     chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
-    kinds, bad, done, bar = Counter(), {}, 0, Bar(len(paths))
+    counts, unreadable = Counter(), {}
     try:
-        with ProcessPoolExecutor(min(workers, len(chunks))) as pool:
-            for found in pool.map(check, [root] * len(chunks), chunks):
-                kinds.update(kind(mode) for _, mode, _ in found if mode)
-                bad |= {path: why for path, mode, why in found if mode is None}
-                done += len(found)
-                bar.show(done, len(bad))
+        with ProcessPoolExecutor(min(workers, len(chunks))) as pool, tqdm(total=len(paths), unit=" images") as bar:
+            for results in pool.map(check, [root] * len(chunks), chunks):
+                counts.update(conversion(mode) for _, mode, _ in results if mode)
+                unreadable |= {path: reason for path, mode, reason in results if mode is None}
+                bar.set_postfix(unreadable=len(unreadable), refresh=False)
+                bar.update(len(results))
     except BrokenProcessPool as error:
-        raise OSError("A worker was killed, for lack of memory perhaps: pass fewer --workers.") from error
-    return kinds, bad
+        raise OSError("A worker was killed, perhaps for lack of memory: pass fewer --workers.") from error
+    return counts, unreadable
 
 
-def main(words=None):
-    """Check, print, write; returns the exit status."""
+def main(argv=None):
+    """Check the images, print the results, write --output, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", metavar="ROOT", help="folder whose images are checked, at any depth")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (%(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), metavar="N", help="number of processes (default: %(default)s)"
+    )
     parser.add_argument("--output", metavar="FILE", help="file for the paths of the unreadable images, one a line")
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     try:
-        kinds, bad = check_all(args.root, args.workers)
+        counts, unreadable = check_all(args.root, args.workers)
         if args.output:
-            Path(args.output).write_bytes(b"".join(os.fsencode(path) + b"\n" for path in bad))
+            Path(args.output).write_bytes(b"".join(os.fsencode(path) + b"\n" for path in unreadable))
     except (OSError, ValueError) as error:
         sys.exit(f"check_images.py: error: {error}")
-    rows = [*kinds.most_common(), ("unreadable", len(bad)), (f"in all below {args.root}", kinds.total() + len(bad))]
-    lines = [*bad.values(), *(f"{count:>10,}  {name}" for name, count in rows)]
-    # A name that is not UTF-8 is shown as well as can be.
+    total = counts.total() + len(unreadable)
+    rows = [*counts.most_common(), ("unreadable", len(unreadable)), (f"in total below {args.root}", total)]
+    lines = [*unreadable.values(), *(f"{count:>10,}  {name}" for name, count in rows)]
+    # Bytes of a file name that are not UTF-8 are printed as escapes.
     print("\n".join(lines).encode("utf-8", "backslashreplace").decode())
-    return int(bool(bad))
+    return int(bool(unreadable))
 
 
 if __name__ == "__main__":

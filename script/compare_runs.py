@@ -1,10 +1,11 @@
-"""One Markdown table of several training runs: the flags that differ and the results, mean ± deviation over seeds.
+"""Print a Markdown table of several training runs: the flags that differ, and the results as mean ± standard deviation.
 
     python -m script.compare_runs output/*/ [--metric acc1]
 
-A RUN is an --output_dir of semi_main.py. Runs that differ in nothing but the seed, the folder of the results and
-the seed's number in a path (data/seed0, data/seed1) share a row; so do runs stopped after the same epoch, marked
-unfinished. Results are those of the last log line, the deviation is the sample's (n - 1).
+A RUN is an --output_dir of semi_main.py. Runs share a row if they stopped after the same epoch and differ only in the
+seed, the output folder, and the seed's number in a path (data/seed0, data/seed1). Rows of runs that did not reach their
+last epoch are marked unfinished. Results are those of the last line of the log; the standard deviation over the runs of
+a row is that of the sample (n - 1).
 """
 
 import argparse
@@ -15,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-LEFT_OUT = ("output_dir", "resume", "seed", "num_workers", "tensorboard")
+IGNORED_FLAGS = ("output_dir", "resume", "seed", "num_workers", "tensorboard")
 COLUMNS = {
     "test_acc1": "top-1 %",
     "test_acc1_head1": "CNN %",
@@ -25,12 +26,12 @@ COLUMNS = {
     "train_mask_rate": "mask rate %",
 }
 SHARES = ("train_pseudo_acc", "train_mask_rate", "train_agreement")  # logged as 0..1, shown in percent
-NOTHING = "-"
+MISSING = "-"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a training run left in its folder: the flags in force and a record an evaluated epoch."""
+    """A training run's output folder, its resolved flags, and its log, one record for each evaluated epoch."""
 
     folder: Path
     flags: dict
@@ -47,19 +48,19 @@ class Run:
         return self.last["epoch"] < self.flags["epochs"] - 1
 
 
-def _text(path):
+def _read_text(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give the --output_dir of a run that has evaluated an epoch.")
     return path.read_text(encoding="utf-8", errors="replace")
 
 
 def read_flags(path):
-    """The flags of a run.json, world_size and amp as they came out.
+    """The flags in a run.json, with the resolved values of world_size and amp.
 
-    Raises FileNotFoundError where there is none, ValueError where semi_main.py did not write it.
+    Raises FileNotFoundError if there is no such file, ValueError if semi_main.py did not write it.
     """
     try:
-        record = json.loads(_text(path))
+        record = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno} is not JSON: restore the file or leave the run out.") from error
     flags = record.get("args") if isinstance(record, dict) else None
@@ -69,18 +70,18 @@ def read_flags(path):
 
 
 def read_log(path):
-    """The records of a log.txt; where an epoch was trained again, the later attempt replaces the earlier.
+    """The records in a log.txt. If an epoch was trained again, its last record replaces the earlier ones.
 
-    Raises FileNotFoundError where there is none, ValueError where it is empty or a line is not a record.
+    Raises FileNotFoundError if there is no such file, ValueError if it is empty or a line is not a record.
     """
     records = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(_read_text(path).splitlines(), 1):
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: mend or remove the line.") from error
+            raise ValueError(f"{path}, line {number} is not JSON: correct or remove the line.") from error
         if not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
-            raise ValueError(f"{path}, line {number} is not the record of an epoch: mend or remove the line.")
+            raise ValueError(f"{path}, line {number} is not the record of an epoch: correct or remove the line.")
         records = [earlier for earlier in records if earlier["epoch"] < record["epoch"]] + [record]
     if not records:
         raise ValueError(f"{path} is empty: wait until the run has evaluated an epoch, or leave it out.")
@@ -88,64 +89,64 @@ def read_log(path):
 
 
 def read_runs(folders):
-    """The Run of each folder. Raises ValueError for a folder given twice, and what the readers raise."""
+    """The Run of each folder. Raises ValueError for a folder given twice, and the errors of the readers."""
     folders = [Path(folder) for folder in folders]
-    twice = [folder for i, folder in enumerate(folders) if folder.resolve() in {x.resolve() for x in folders[:i]}]
-    if twice:
-        raise ValueError(f"{twice[0]} is given twice: name each run once.")
+    repeated = [folder for i, folder in enumerate(folders) if folder.resolve() in {x.resolve() for x in folders[:i]}]
+    if repeated:
+        raise ValueError(f"{repeated[0]} is given twice: name each run once.")
     return [Run(folder, read_flags(folder / "run.json"), read_log(folder / "log.txt")) for folder in folders]
 
 
 def without_seed(value, seed):
-    """A path with the seed's number, where it stands alone or after 'seed', as {seed}; other values as they are."""
+    """Replace the seed's number in a path, alone or after 'seed', by '{seed}'; other values are returned unchanged."""
     if not isinstance(value, str):
         return value
     return re.sub(rf"(^|[/_-]|seed)0*{seed}(?![a-zA-Z0-9]|\.\d)", r"\1{seed}", value)
 
 
 def differing_flags(runs):
-    """{flag: its value in each run}, of the flags that differ otherwise than along with the seed."""
-    found = {}
-    for flag in dict.fromkeys(flag for run in runs for flag in run.flags if flag not in LEFT_OUT):
-        plain = [run.flags.get(flag, NOTHING) for run in runs]
+    """{flag: its value in each run} of the flags that differ by more than the seed's number in a path."""
+    differing = {}
+    for flag in dict.fromkeys(flag for run in runs for flag in run.flags if flag not in IGNORED_FLAGS):
+        plain = [run.flags.get(flag, MISSING) for run in runs]
         masked = [without_seed(value, run.flags["seed"]) for value, run in zip(plain, runs)]
         values = min(plain, masked, key=lambda values: len(set(map(repr, values))))
         if len(set(map(repr, values))) > 1:
-            found[flag] = values
-    return found
+            differing[flag] = values
+    return differing
 
 
-def _order(value):
-    """A sort key for flag values: None, then numbers, then everything else as text."""
+def _sort_key(value):
+    """A sort key for flag values: None first, then numbers, then everything else as text."""
     if value is None:
         return 0, 0, ""
     return (1, value, "") if isinstance(value, int | float) else (2, 0, str(value))
 
 
-def groups(runs):
-    """(names of the differing flags, [(their values, runs)] sorted by the values, then by epochs trained)."""
-    flags, found = differing_flags(runs), {}
+def group_runs(runs):
+    """Group the runs into rows: (names of the differing flags, [(their values, runs of the row)]), sorted."""
+    flags, groups = differing_flags(runs), {}
     for i, run in enumerate(runs):
         values = tuple(values[i] for values in flags.values())
-        # A mean over runs stopped at different epochs says nothing: each has its own row.
-        found.setdefault((repr(values), run.last["epoch"]), (values, []))[1].append(run)
-    rows = sorted(found.values(), key=lambda row: (*map(_order, row[0]), row[1][0].last["epoch"]))
+        # Runs that stopped at different epochs are not averaged.
+        groups.setdefault((repr(values), run.last["epoch"]), (values, []))[1].append(run)
+    rows = sorted(groups.values(), key=lambda row: (*map(_sort_key, row[0]), row[1][0].last["epoch"]))
     return list(flags), rows
 
 
-def result(runs, meter):
-    """Mean ± sample standard deviation of a meter at the runs' last epoch, as text; '-' for what there is not."""
+def mean_and_deviation(runs, meter):
+    """Mean ± sample standard deviation of a meter at the runs' last epoch, as text; '-' where there is no value."""
     scale, digits = (100, ".2f") if meter in SHARES else (1, ".2f" if "_acc" in meter else ".4g")
     values = [scale * run.last[meter] for run in runs if run.last.get(meter) is not None]
     if not values:
-        return NOTHING
-    deviation = format(statistics.stdev(values), digits) if len(values) > 1 else NOTHING
-    some = f" ({len(values)} of {len(runs)})" if len(values) < len(runs) else ""
-    return f"{statistics.fmean(values):{digits}} ± {deviation}{some}"
+        return MISSING
+    deviation = format(statistics.stdev(values), digits) if len(values) > 1 else MISSING
+    coverage = f" ({len(values)} of {len(runs)})" if len(values) < len(runs) else ""
+    return f"{statistics.fmean(values):{digits}} ± {deviation}{coverage}"
 
 
 def markdown(header, rows, left):
-    """A Markdown table with its columns padded; the first `left` columns are left-aligned, the others right."""
+    """A Markdown table with padded columns; the first `left` columns are left-aligned, the others right-aligned."""
     rows = [[str(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*rows)]
     rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
@@ -154,35 +155,35 @@ def markdown(header, rows, left):
 
 
 def compare(runs, metrics=()):
-    """The table of the runs, of all COLUMNS or of these meters of the log, with or without their 'test_'.
+    """The Markdown table of the runs, with all COLUMNS or with the given meters of the log.
 
-    Raises ValueError for a meter that is in none of the logs.
+    Meters may be named without their prefix 'test_'. Raises ValueError for a meter that is in none of the logs.
     """
     known = {name for run in runs for name in run.last}
     columns = {} if metrics else COLUMNS
     for metric in metrics:
         name = f"test_{metric}" if f"test_{metric}" in known else metric
         if name not in known:
-            raise ValueError(f"--metric {metric} is not in the last lines of these logs: choose of {sorted(known)}.")
+            raise ValueError(f"--metric {metric} is not in the last lines of these logs: choose from {sorted(known)}.")
         columns[name] = COLUMNS.get(name, name)
-    flags, rows = groups(runs)
+    flags, rows = group_runs(runs)
     body = []
     for values, members in rows:
         seeds = ", ".join(str(seed) for seed in sorted(run.flags["seed"] for run in members))
         epochs = members[0].last["epoch"] + 1
         epochs = f"{epochs} of {members[0].flags['epochs']}, unfinished" if members[0].unfinished else epochs
-        body.append([*values, len(members), seeds, epochs, *(result(members, name) for name in columns)])
+        body.append([*values, len(members), seeds, epochs, *(mean_and_deviation(members, name) for name in columns)])
     return markdown([*flags, "n", "seeds", "epochs run", *columns.values()], body, len(flags))
 
 
-def main(words=None):
-    """Parse, read the runs, print the table."""
+def main(argv=None):
+    """Read the runs and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a training run")
     parser.add_argument(
-        "--metric", action="append", default=[], metavar="NAME", help="show this meter of the log only; repeatable"
+        "--metric", action="append", default=[], metavar="NAME", help="show only this meter of the log; repeatable"
     )
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     try:
         print(compare(read_runs(args.runs), args.metric))
     except (ValueError, OSError) as error:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Evaluate a checkpoint on ImageNet's val/ and print it beside the published figure.
+# Evaluate a checkpoint on ImageNet's val/ and print its top-1 next to the published one.
 # Usage: CHECKPOINT=semiformer.pth DATA_ROOT=/path/to/imagenet bash script/eval.sh [flags of semi_main.py]
-# Other settings: NGPU (default 1) processes, OUTPUT (a new temporary folder) for eval.json.
-# Exits with 1 when 50,000 images of 1,000 classes differ from the published top-1 by more than 0.1.
+# Other settings: NGPU (number of processes, default 1), OUTPUT (folder of eval.json, default: a new temporary one).
+# Exits with status 1 if top-1 on 50,000 images of 1,000 classes differs from the published one by more than 0.1.
 set -euo pipefail
 : "${CHECKPOINT:?set CHECKPOINT to the checkpoint file}" "${DATA_ROOT:?set DATA_ROOT to the folder that holds val/}"
 here=$(cd "$(dirname "$0")/.." && pwd)

@@ -1,14 +1,13 @@
-"""What the tools that draw one picture do with it."""
+"""Saving of the picture that a plotting tool draws."""
 
 
 def save(draw, path):
-    """Write the matplotlib figure that `draw()` makes as a PNG.
+    """Write the matplotlib figure that `draw()` returns as a PNG file, the argument of the tools' flag --output.
 
-    Raises ValueError before it is drawn where `path` is not named so, OSError where it cannot be written; both name
-    the tools' flag, --output.
+    Raises ValueError, before anything is drawn, if `path` does not end in .png, and OSError if it cannot be written.
     """
     if path.suffix.lower() != ".png":
-        raise ValueError(f"--output {path} is not the name of a PNG: end it in .png.")
+        raise ValueError(f"--output {path} is not the name of a PNG file: end it in .png.")
     figure = draw()
     try:
         figure.savefig(path, format="png")

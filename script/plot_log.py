@@ -1,9 +1,9 @@
-"""Draw the logs of several training runs into one picture: losses, top-1, pseudo labels, learning rate.
+"""Plot the logs of several training runs in one picture: losses, top-1, pseudo labels, learning rate.
 
     python -m script.plot_log output/supervised output/semi [--output log.png]
 
-A RUN is an --output_dir of semi_main.py. A run is a colour (Okabe and Ito, 2008), a stream is a line style; a dot is
-an evaluated epoch.
+A RUN is an --output_dir of semi_main.py. Each run has a colour (Okabe and Ito, 2008), each stream a line style, and
+each evaluated epoch a dot.
 """
 
 import argparse
@@ -21,30 +21,30 @@ try:
 except ModuleNotFoundError:
     matplotlib = None
 
-WIDTH, DPI = 8.3, 200  # inches, dots an inch: 1660 pixels, twice the width of a README
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # yellow is pale on white
-STYLES = {"CNN stream": "--", "transformer stream": ":", "both streams, or the only one": "-"}
-CNN, TRANSFORMER, WHOLE = STYLES
-PANELS = (  # title, label of the y axis, {meter: stream}
-    ("training loss, total", "nats", {"train_loss": WHOLE}),
+WIDTH, DPI = 8.3, 200  # inches, dots per inch: 1660 pixels, twice the width of a README
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # without yellow, too pale
+STYLES = {"CNN stream": "--", "transformer stream": ":", "whole network": "-"}
+CNN, TRANSFORMER, NETWORK = STYLES
+PANELS = (  # title, label of the y axis, {meter: a key of STYLES}
+    ("training loss, total", "nats", {"train_loss": NETWORK}),
     ("labelled loss by stream", "nats / number of streams", {"train_loss_0": CNN, "train_loss_1": TRANSFORMER}),
     (
         "unlabelled loss by stream",
         "nats / number of streams",
-        {"train_loss_0_u": CNN, "train_loss_1_u": TRANSFORMER, "train_loss_u": WHOLE},
+        {"train_loss_0_u": CNN, "train_loss_1_u": TRANSFORMER, "train_loss_u": NETWORK},
     ),
     ("top-1, CNN stream", "% of validation images", {"test_acc1_head1": CNN}),
     ("top-1, transformer stream", "% of validation images", {"test_acc1_head2": TRANSFORMER}),
-    ("top-1, sum of streams", "% of validation images", {"test_acc1": WHOLE}),
-    ("mask rate", "% of unlabelled images", {"train_mask_rate": WHOLE}),
-    ("pseudo-label accuracy", "% of those that count", {"train_pseudo_acc": WHOLE}),
-    ("learning rate", "per optimizer step", {"train_lr": WHOLE}),
+    ("top-1, sum of streams", "% of validation images", {"test_acc1": NETWORK}),
+    ("mask rate", "% of unlabelled images", {"train_mask_rate": NETWORK}),
+    ("pseudo-label accuracy", "% of pseudo labels", {"train_pseudo_acc": NETWORK}),
+    ("learning rate", "per optimizer step", {"train_lr": NETWORK}),
 )
 EMPTY = "not in these logs"
 
 
 def short_names(folders):
-    """As many last parts of the folders' paths as tell all of them apart."""
+    """The shortest ends of the folders' paths, of the same number of parts, that are all different."""
     parts = [Path(folder).resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = [str(Path(*part[-length:])) for part in parts]
@@ -54,7 +54,7 @@ def short_names(folders):
 
 
 def points(log, meter):
-    """(epochs, values) of the records that have the meter; shares of 0..1 in percent."""
+    """(epochs, values) of the records that contain the meter; shares of 0..1 are returned in percent."""
     scale = 100 if meter in SHARES else 1
     found = [(record["epoch"], scale * record[meter]) for record in log if record.get(meter) is not None]
     return tuple(zip(*found)) or ((), ())
@@ -77,9 +77,9 @@ def _panel(axis, runs, title, unit, meters):
 
 
 def draw(runs):
-    """The figure of up to seven runs, a panel each of PANELS in reading order. ValueError for more runs."""
+    """The matplotlib figure of up to seven runs, with the panels of PANELS. Raises ValueError for more runs."""
     if len(runs) > len(COLOURS):
-        raise ValueError(f"{len(runs)} runs are more than the {len(COLOURS)} colours: draw fewer at a time.")
+        raise ValueError(f"There are {len(runs)} runs for {len(COLOURS)} colours: plot fewer at a time.")
     names = short_names([run.folder for run in runs])
     columns = 2 if max(map(len, names)) > 24 else 4
     with matplotlib.rc_context({"font.size": 8, "axes.titlesize": 8.5, "lines.linewidth": 1.1}):
@@ -101,19 +101,19 @@ def draw(runs):
     return figure
 
 
-def main(words=None):
-    """Parse, read the runs, draw, save, and say where."""
+def main(argv=None):
+    """Read the runs, plot them, and save the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a training run")
-    parser.add_argument("--output", type=Path, default=Path("log.png"), help="the picture, a PNG (default: log.png)")
-    args = parser.parse_args(words)
+    parser.add_argument("--output", type=Path, default=Path("log.png"), help="PNG file to write (default: log.png)")
+    args = parser.parse_args(argv)
     if matplotlib is None:
         sys.exit("plot_log.py: error: matplotlib is not installed: pip install -r requirements-dev.txt.")
     try:
         picture.save(lambda: draw(read_runs(args.runs)), args.output)
     except (ValueError, OSError) as error:
         sys.exit(f"plot_log.py: error: {error}")
-    print(f"{len(args.runs)} run(s) drawn in {args.output}")
+    print(f"Plotted {len(args.runs)} run(s) in {args.output}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The 75.5 % run: Semiformer-S, 10 % of the labels, 600 epochs, 8 GPUs x 108 images. Hyper-parameters as published.
+# The run that reaches 75.5 %: Semiformer-S, 10 % of the labels, 600 epochs, 8 GPUs of 108 images, published settings.
 # Usage: DATA_ROOT=/path/to/imagenet SPLIT=lists/fixmatch10.txt OUTPUT=runs/semiformer_s \
 #            bash script/run_ddp_example.sh [flags of semi_main.py]
-# Flags you add come last and win. NGPU (default 8) sets the processes. Started again, it goes on from the newest checkpoint in OUTPUT.
+# Flags you add come last and override the others. NGPU (default 8) is the number of processes.
+# When started again, it resumes from the newest checkpoint in OUTPUT.
 set -euo pipefail
 : "${DATA_ROOT:?set DATA_ROOT to the folder that holds train/ and val/}" "${SPLIT:?set SPLIT to the file that lists the labelled images}"
 here=$(cd "$(dirname "$0")/.." && pwd)

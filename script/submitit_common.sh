@@ -1,7 +1,8 @@
-# Source me: leaves submit(), which sends a job with what the five published Slurm runs share and the flags it is given.
+# Defines submit(), which submits a job with the settings that the five published Slurm runs share and its arguments.
+# The scripts submitit_<run>.sh source it.
 # Usage: DATA_ROOT=/path/to/imagenet SPLIT=lists/fixmatch10.txt bash script/submitit_<run>.sh [flags]
-# Flags you add come last and win, e.g. --local. Other settings: PARTITION (default learnfair; empty: the cluster's own),
-# SHARED_FOLDER (default output/jobs) for the job folders, COMMENT, PYTHON (default python3).
+# Flags you add come last and override the others, e.g. --local. Other settings: PARTITION (default learnfair; empty for
+# the cluster's default), SHARED_FOLDER (for the job folders, default output/jobs), COMMENT, PYTHON (default python3).
 : "${DATA_ROOT:?set DATA_ROOT to the folder that holds train/ and val/}" "${SPLIT:?set SPLIT to the file that lists the labelled images}"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 

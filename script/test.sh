@@ -1,19 +1,34 @@
 #!/usr/bin/env bash
-# Set up if needed, then check style and run every test. Arguments go to pytest: bash script/test.sh -k policies
-# With --slurm first: the tests that need a Slurm instead, on one of two nodes that lives as long as they run.
+# Set up if needed, then check the style and run every test.
+# Usage: bash script/test.sh [arguments of pytest, e.g. -k policies]
+#        bash script/test.sh --slurm [arguments of pytest]   the tests that need Slurm, on a sandbox of two nodes
+#        bash script/test.sh --proofs                        the long proofs, one after the other; half an hour or more
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source script/setup.sh
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-if [[ ${1:-} != --slurm ]]; then
-    # Two processes of one thread each, a file at a time: most tests wait for one core, and files share their fixtures.
+case ${1:-} in
+--proofs)
+    status=0
+    for proof in "tests.proofs.prove_resume --kills 30" tests.proofs.prove_memory \
+        "tests.proofs.fuzz --mutations 10000" benchmarks.measure_lists; do
+        printf '\n## python -m %s\n\n' "$proof"
+        "$PYTHON" -m $proof || status=$?  # unquoted: a module and its flags
+    done
+    exit $status
+    ;;
+--slurm)
+    trap 'bash tests/proofs/slurm_sandbox.sh stop' EXIT
+    if output=$(bash tests/proofs/slurm_sandbox.sh start 2>&1); then
+        eval "$output"  # exports SLURM_CONF
+        output=ready
+    fi
+    SLURM_SANDBOX_STATE=$output "$PYTHON" -m pytest -rs -m slurm "${@:2}"
+    ;;
+*)
+    # Two processes of one thread each, a file at a time: most tests use one core, and those of a file share fixtures.
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"
-fi
-trap 'bash tests/proofs/slurm_sandbox.sh stop' EXIT
-if said=$(bash tests/proofs/slurm_sandbox.sh start 2>&1); then
-    eval "$said"
-    said=ready
-fi
-SLURM_SANDBOX_STATE=$said "$PYTHON" -m pytest -rs -m slurm "${@:2}"
+    ;;
+esac

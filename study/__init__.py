@@ -1,1 +1,1 @@
-"""Evidence from small runs on real images: learning curves, tables, and the demo."""
+"""Small experiments on real images that support the paper's claims: the demo and the study."""

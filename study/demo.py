@@ -1,12 +1,12 @@
-"""Show the paper's argument on scikit-learn's digits in minutes: few labels, with and without pseudo labels.
+"""Demonstrate the paper's claim on scikit-learn's digits: pseudo labels help where there are few labels.
 
     bash script/demo.sh [--seeds 0] [--output DIR] [--labels 40]
 
-For each seed: write the digits as an ImageNet-layout folder, train supervised-only on the labelled images,
-train semi-supervised on the same ones plus the rest for as many optimizer steps, each with two processes under
-torchrun, evaluate both checkpoints, draw the curves. The settings were chosen on seed 10 with `--tune`, which
-evaluates on 300 images of the train part; the 500 test images give the result
-(the README tells of an earlier setting that was dropped after seeing seed 0's).
+For each seed: write the digits as a folder in ImageNet layout, train on the labelled images alone, train on them and
+the rest as unlabelled images for as many optimizer steps, and evaluate both checkpoints. Each training runs as two
+processes under torchrun. A picture shows the accuracy over the steps. The settings were chosen on seed 10 with
+`--tune`, which evaluates on 300 images of the training part; results are those on the 500 test images. The README
+mentions an earlier setting that was dropped after its results on the test images of seed 0 were known.
 """
 
 import argparse
@@ -37,13 +37,13 @@ RUNS = {
 
 
 def torchrun(arguments):
-    """Run semi_main.py in two processes on this machine; the caller sees what it prints."""
+    """Run semi_main.py in two processes on this machine, with its output on this program's."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     subprocess.run([*launcher, str(ROOT / "semi_main.py"), *arguments], check=True)
 
 
 def run_seed(folder, seed, labels, tune):
-    """Both trainings and evaluations of one seed; returns {run: content of its eval.json}."""
+    """Train and evaluate both runs of one seed; returns {run: content of its eval.json}."""
     write_digits(folder / "data", labels, seed, tune)
     data = ["--data-path", str(folder / "data"), "--seed", str(seed)]
     results = {}
@@ -57,7 +57,7 @@ def run_seed(folder, seed, labels, tune):
 
 
 def draw(folders, picture):
-    """Test top-1 over optimizer steps, of the summed logits and of both streams, one line a seed."""
+    """Plot test top-1 over optimizer steps, of the summed logits and of each stream, with a line for each seed."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True, layout="constrained")
     streams = {"acc1": "both streams (sum of logits)", "acc1_head1": "CNN stream", "acc1_head2": "transformer stream"}
     colours = {"supervised": ("#D55E00", "--"), "semi": ("#0072B2", "-")}
@@ -84,17 +84,17 @@ def draw(folders, picture):
 
 
 def main():
-    """Parse, run every seed, draw, and print the result as the last line."""
+    """Run every seed, plot, and print the results; the last line has the means over the seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of labelled images and training")
     parser.add_argument("--output", type=Path, default=ROOT / "output/demo", help="folder for data, runs and picture")
     parser.add_argument("--labels", type=int, default=40, help="labelled images, a multiple of 10")
-    parser.add_argument("--tune", action="store_true", help="evaluate on train images; for choosing settings")
+    parser.add_argument("--tune", action="store_true", help="evaluate on training images, to choose settings")
     args = parser.parse_args()
     start, folders, results = time.time(), [args.output / f"seed{seed}" for seed in args.seeds], []
     for seed, folder in zip(args.seeds, folders):
         if folder.exists():
-            sys.exit(f"demo.py: error: {folder} is left from an earlier run: remove it or choose another --output.")
+            sys.exit(f"demo.py: error: {folder} exists from an earlier run: remove it or choose another --output.")
         results.append(run_seed(folder, seed, args.labels, args.tune))
     picture = args.output / "curves.png"
     draw(folders, picture)

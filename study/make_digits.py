@@ -2,10 +2,10 @@
 
     python -m study.make_digits OUT [--labels 40] [--seed 0]
 
-makes OUT/train/<digit>/*.png (1,297 images), OUT/val/<digit>/*.png (500: the part results are read from),
-and OUT/labelled.txt, `--labels` train images, the same number of each digit. The train/val division is
-fixed; the seed draws the labelled images, and `--tune` swaps val for 300 other train images, so that settings are
-never chosen on the part results are read from. Source: sklearn.datasets.load_digits (UCI, 8x8 pixels, 0..16).
+writes OUT/train/<digit>/*.png (1,297 images), OUT/val/<digit>/*.png (the 500 test images) and OUT/labelled.txt, which
+lists `--labels` training images, the same number of each digit. The division into train and val is fixed; the seed
+draws the labelled images. With `--tune`, val consists of 300 training images instead (and train of the other 997), so
+that settings are never chosen on the test images. Source: sklearn.datasets.load_digits (UCI, 8x8 pixels, 0..16).
 """
 
 import argparse
@@ -19,20 +19,20 @@ TEST, TUNE = 500, 300
 
 
 def divide(n, tune):
-    """Indices of the train and the evaluation part: (n - 500, 500), or with `tune` (n - 800, 300)."""
+    """Indices of the training and the evaluation part, of n - 500 and 500 images, or with `tune` n - 800 and 300."""
     order = np.random.RandomState(0).permutation(n)
     rest, test = order[TEST:], order[:TEST]
     return (rest[TUNE:], rest[:TUNE]) if tune else (rest, test)
 
 
 def write_digits(out, labels, seed, tune=False):
-    """Write the folders and the split file; ValueError where `labels` is no multiple of ten or too many."""
+    """Write the folders and the split file. Raises ValueError if `labels` is not a multiple of ten, or too large."""
     digits = load_digits()
     train, val = divide(len(digits.target), tune)
     per_class = labels // 10
     if labels % 10 or not 0 < per_class <= min(np.bincount(digits.target[train])):
         raise ValueError(
-            f"--labels {labels} must be a positive multiple of 10 within the train part of {len(train)} images."
+            f"--labels {labels} must be a positive multiple of 10 that the {len(train)} training images can provide."
         )
     for part, indices in (("train", train), ("val", val)):
         for i in indices:
@@ -48,8 +48,8 @@ def write_digits(out, labels, seed, tune=False):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", help="folder to write")
-    parser.add_argument("--labels", type=int, default=40, help="labelled images in all, a multiple of 10")
+    parser.add_argument("--labels", type=int, default=40, help="number of labelled images, a multiple of 10")
     parser.add_argument("--seed", type=int, default=0, help="seed of the labelled images")
-    parser.add_argument("--tune", action="store_true", help="evaluate on 300 train images instead of the test part")
+    parser.add_argument("--tune", action="store_true", help="use 300 training images as val, to choose settings")
     arguments = parser.parse_args()
     write_digits(arguments.out, arguments.labels, arguments.seed, arguments.tune)

@@ -1,12 +1,12 @@
-"""The paper's claims in miniature, on Fashion-MNIST or MNIST: named runs of semi_main.py, a table, and plots.
+"""Test the paper's claims on a small scale, on Fashion-MNIST or MNIST: named runs of semi_main.py, a table, and plots.
 
     python -m study.study --suite main --data-path FASHION --seeds 0 1 2 [--device cpu] [--output DIR]
 
-Suites: `main` compares a ViT, a CNN and Semiformer, each on labelled images alone and with pseudo labels; `ablation`
-changes one flag of Semiformer at a time; `smoke` does so for 20 steps and holds that each flag changes what it
-should. A run is a folder, OUTPUT/SUITE/seedN/NAME. Started again, the study skips finished runs, goes on with the
-others, and writes table.md and the plots anew. `--tune` evaluates on train images kept apart, for choosing settings;
-flags after `--` are added to those of every run.
+The suite `main` compares a ViT, a CNN and Semiformer, each trained on labelled images alone and with pseudo labels.
+`ablation` changes one flag of Semiformer at a time. `smoke` does the same for 20 steps and verifies that each flag
+changes the quantity it should. Each run has a folder, OUTPUT/SUITE/seedN/NAME. When started again, the study skips
+finished runs, resumes the others, and rewrites table.md and the plots. `--tune` evaluates on held-out training images,
+to choose settings. Flags after `--` are added to those of every run.
 """
 
 import argparse
@@ -31,7 +31,7 @@ LABELS, VALIDATION = 100, 2000
 COMMON = """--data-set FASHION --input-size 64 --amp bf16 --warmup-epochs 0 --mixup 0 --cutmix 0
     --no-repeated-aug --smoothing 0 --drop-path 0 --num_workers 0"""
 LENGTH = "--epochs 30 --steps-per-epoch 100 --evaluate-freq 5 --no-model-ema"
-SUPERVISED = "--supervise-only --batch-size 8"  # not 4: BatchNorm's statistics of four images would be a straw man
+SUPERVISED = "--supervise-only --batch-size 8"  # 4 images, as in SEMI, are too few for BatchNorm's statistics
 SEMI = "--batch-size 16 --mu 0.25 --threshold 0.9 --semi-lambda 1"
 NETWORKS = {  # within 20 % of one another in parameters
     "vit": "--model deit_micro_patch16_224 --lr 1e-3",
@@ -43,11 +43,11 @@ MAIN = {
     for network, flags in NETWORKS.items()
     for how, learning in (("supervised", SUPERVISED), ("semi", SEMI))
 }
-# What each flag must change, beside the accuracy: meters of the log, or lines of run.json.
+# What each flag must change besides the accuracy: meters of the log, or entries of run.json.
 POLICIES = """transformer fuse softmax_fuse Vote_equal Vote_cnnBias Vote_larger Vote_larger2 Vote_equal2 weight_v1
     weight_v2 weight_v3 weight_v4 weight_v5 weight_v6""".split()
 PSEUDO = ("train_mask_rate", "train_loss_0_u", "train_loss_1_u")
-CHANGES = {  # name: (flags, what must differ from the baseline's)
+CHANGES = {  # name: (flags, quantities that must differ from the baseline's)
     **{f"policy-{name}": (f"--pseudo-type {name}", PSEUDO) for name in POLICIES},
     "no-fusion": ("--remove-fcu", ("train_loss_0", "train_loss_1")),
     "threshold": ("--threshold 0.5", ("train_mask_rate",)),
@@ -63,7 +63,7 @@ CHANGES = {  # name: (flags, what must differ from the baseline's)
 }
 BASE = MAIN["semiformer-semi"].replace("--no-model-ema", "--model-ema-decay 0.99")
 ABLATION = {"baseline": BASE} | {name: f"{BASE} {flags}" for name, (flags, _) in CHANGES.items()}
-# So sharp a temperature that a network of no training is sure of some images, and a log line every five steps.
+# The temperature is so low that an untrained network is confident of some images. The log has a line every five steps.
 BRIEF = "--epochs 4 --steps-per-epoch 5 --evaluate-freq 1 --batch-size 16 --temperature 0.15 --threshold 0.7"
 SMOKE = {"baseline": f"{BASE} {BRIEF}"} | {name: f"{BASE} {BRIEF} {flags}" for name, (flags, _) in CHANGES.items()}
 SUITES = {"main": MAIN, "ablation": ABLATION, "smoke": SMOKE}
@@ -73,7 +73,7 @@ SUITES = {"main": MAIN, "ablation": ABLATION, "smoke": SMOKE}
 
 
 def write_part(folder, source, train, val):
-    """Fashion-MNIST's format with train images [0, train) as training and the last `val` as evaluation part."""
+    """Write a data set in Fashion-MNIST's format from the training images of another: [0, train) and the last `val`."""
     samples = fashion(source, "train")
     folder.mkdir(parents=True)
     for prefix, places in (("train", slice(0, train)), ("t10k", slice(-val, None))):
@@ -83,7 +83,7 @@ def write_part(folder, source, train, val):
 
 
 def write_labelled(path, source, labels, seed):
-    """A split file of `labels` images of the train part, as many of each class, drawn by the seed."""
+    """Write a split file of `labels` training images, drawn by the seed, the same number of each class."""
     targets, rng = fashion(source, "train").targets, np.random.default_rng(seed)
     drawn = [rng.choice(np.flatnonzero(targets == c), labels // 10, replace=False) for c in range(10)]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,69 +94,75 @@ def write_labelled(path, source, labels, seed):
 
 
 def finished(folder, flags):
-    """Whether the run of these flags in this folder reached its last epoch. ValueError where it had other flags."""
+    """Whether the run in this folder reached its last epoch. Raises ValueError if it had other flags."""
     record = folder / "study.json"
     if not record.is_file():
         return False
-    if (was := json.loads(record.read_text()))["flags"] != flags:
-        raise ValueError(f"{folder} was run with other flags ({was['flags']}): remove it or choose another --output.")
-    return was["finished"]
+    earlier = json.loads(record.read_text())
+    if earlier["flags"] != flags:
+        raise ValueError(
+            f"{folder} was run with other flags ({earlier['flags']}): remove it or choose another --output."
+        )
+    return earlier["finished"]
 
 
 def run(folder, flags, threads):
-    """Run semi_main.py with these flags to its end, from its checkpoint if it left one; RuntimeError if it fails."""
+    """Run semi_main.py with these flags to its end, resuming where it stopped. Raises RuntimeError if it fails.
+
+    Writes study.json: the flags, whether the run finished, and the wall and CPU seconds of all its attempts.
+    """
     if finished(folder, flags):
         return
     folder.mkdir(parents=True, exist_ok=True)
     record, start = folder / "study.json", time.time()
-    before = json.loads(record.read_text()) if record.is_file() else {"seconds": 0.0, "cpu_seconds": 0.0}
+    earlier = json.loads(record.read_text()) if record.is_file() else {"seconds": 0.0, "cpu_seconds": 0.0}
     command = [sys.executable, str(ROOT / "semi_main.py"), *flags.split()]
     command += ["--output_dir", str(folder), "--resume", "auto"]
     with open(folder / "out.txt", "a", encoding="utf-8") as out:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-        # Not process.wait(): how much of the processors a run took tells more than its time on a shared machine.
+        # Unlike process.wait(), wait4 returns the CPU time, which means more than wall time on a shared machine.
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     spent = {"seconds": time.time() - start, "cpu_seconds": used.ru_utime + used.ru_stime}
-    entry = {"flags": flags, "finished": status == 0} | {name: before[name] + spent[name] for name in spent}
+    entry = {"flags": flags, "finished": status == 0} | {name: earlier[name] + spent[name] for name in spent}
     record.write_text(json.dumps(entry, indent=2) + "\n")
     print(f"{folder}: {'done' if status == 0 else 'failed'} after {entry['seconds']:.0f} s", flush=True)
     if status:
         last = (folder / "out.txt").read_text().strip().splitlines()[-1:]
-        raise RuntimeError(
-            f"{folder} ended with status {process.returncode}: {' '.join(last)} (all of it is in out.txt)"
-        )
+        raise RuntimeError(f"{folder} ended with status {process.returncode}: {' '.join(last)} (see its out.txt)")
 
 
 def run_all(args, folder, data):
-    """Every run of the suite for every seed, `--jobs` at a time."""
+    """Run the suite's runs for every seed, `--jobs` at a time."""
     jobs = []
     for seed in args.seeds:
         split = folder / f"seed{seed}/labelled.txt"
         write_labelled(split, data, args.labels, seed)
         for name, flags in SUITES[args.suite].items():
             if not args.only or name in args.only:
-                given = f"--device {args.device} --data-path {data} --data-split-file {split} --seed {seed}"
-                jobs.append((split.parent / name, " ".join(f"{flags} {given} {' '.join(args.flags)}".split())))
+                more = f"--device {args.device} --data-path {data} --data-split-file {split} --seed {seed}"
+                jobs.append((split.parent / name, " ".join(f"{flags} {more} {' '.join(args.flags)}".split())))
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool:
-        for each in [pool.submit(run, *job, threads) for job in jobs]:
-            each.result()
+        for future in [pool.submit(run, *job, threads) for job in jobs]:
+            future.result()
 
 
 def main():
-    """Parse, run what is missing, report."""
+    """Run what is missing, write the report, and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=SUITES, default="main", help="which runs")
+    parser.add_argument("--suite", choices=SUITES, default="main", help="the suite to run (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of labelled images and training")
-    parser.add_argument("--data-path", required=True, help="folder of Fashion-MNIST's idx files, or to download to")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda, of every run")
+    parser.add_argument(
+        "--data-path", required=True, help="folder of Fashion-MNIST's idx files, downloaded there if missing"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, for every run (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=ROOT / "output/study", help="folder of the runs")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the CPU's cores evenly")
-    parser.add_argument("--labels", type=int, default=LABELS, help="labelled images, a multiple of 10")
-    parser.add_argument("--tune", action="store_true", help=f"evaluate on {VALIDATION} train images kept apart")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these runs of the suite alone")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel runs, which share the CPU cores evenly")
+    parser.add_argument("--labels", type=int, default=LABELS, help="number of labelled images, a multiple of 10")
+    parser.add_argument("--tune", action="store_true", help=f"evaluate on {VALIDATION} held-out training images")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="run only these runs of the suite")
     parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="flags of semi_main.py for every run")
     args = parser.parse_args()
     folder = (args.output / args.suite).resolve()
@@ -168,7 +174,7 @@ def main():
                 write_part(part, data, *((55_000, VALIDATION) if args.tune else (400, 100)))
             data = part
         run_all(args, folder, data)
-        print(study_report.report(args.suite, folder, SUITES[args.suite], args.seeds, CHANGES))
+        print(study_report.write_report(args.suite, folder, SUITES[args.suite], args.seeds, CHANGES))
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"study.py: error: {error}")
 

@@ -1,4 +1,4 @@
-"""A network with its levers of speed and memory on and off: in every form the same function."""
+"""A network with its optimizations of speed and memory on and off: every form computes the same function."""
 
 from functools import partial
 
@@ -22,7 +22,7 @@ def _compiled(model):
 FORMS = {
     "ours": lambda model: model,
     "published": published.as_published,
-    **{f"{lever} alone": partial(published.as_published, levers=(lever,)) for lever in published.PARTS},
+    **{f"{name} alone": partial(published.as_published, optimizations=(name,)) for name in published.PARTS},
     "checkpointed": _saving,
     "compiled": _compiled,
 }

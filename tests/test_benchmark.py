@@ -17,7 +17,7 @@ objective = published.objective
 @pytest.fixture
 def quick():
     threads = torch.get_num_threads()
-    yield benchmark.settled(benchmark.get_parser().parse_args(["--quick", "--threads", "1"]))
+    yield benchmark.with_defaults(benchmark.get_parser().parse_args(["--quick", "--threads", "1"]))
     torch.set_num_threads(threads)
 
 

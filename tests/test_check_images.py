@@ -31,16 +31,16 @@ def root(tmp_path_factory):
 
 SUMMARY = """\
         62  RGB
-         1  CMYK, made RGB
-         1  palette, looked up
-         1  1-bit, made RGB
-         1  8-bit grey, made RGB
-         1  grey with alpha, dropped
-         1  RGB with alpha, dropped
-         1  16-bit or wider grey, made 8-bit
-         1  floats, cut to 0..255
+         1  CMYK, converted to RGB
+         1  palette, converted to RGB
+         1  1-bit, converted to RGB
+         1  8-bit grey, converted to RGB
+         1  grey with alpha, alpha dropped
+         1  RGB with alpha, alpha dropped
+         1  16-bit or wider grey, reduced to 8 bits
+         1  floating point, clamped to 0..255
          8  unreadable
-        78  in all below ROOT"""
+        78  in total below ROOT"""
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -54,7 +54,7 @@ def test_every_kind_is_counted_and_the_broken_ones_are_named(root, workers, tmp_
     assert [line.split(": ")[0] for line in lines[:8]] == [f"Cannot read the image ROOT/broken/{n}" for n in names]
     assert (tmp_path / "bad.txt").read_text().splitlines() == [f"broken/{name}" for name in names]
     last = printed.err.splitlines()[-1]
-    assert last.startswith(f"[{'#' * 30}] 78 of 78, 8 unreadable, ") and last.endswith("images/s, 0:00:00 left")
+    assert last.startswith("100%") and " 78/78 " in last and last.endswith(", unreadable=8]")
 
 
 def test_good_images_end_with_status_0(root, tmp_path, capsys):
@@ -99,4 +99,4 @@ def test_what_is_no_images_fault_ends_the_check(root, monkeypatch):
 def test_as_a_program(root):
     (done,) = forked("script.check_images", root / "broken", "--workers", "1")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stdout.splitlines()[-2:] == ["         8  unreadable", f"         9  in all below {root / 'broken'}"]
+    assert done.stdout.splitlines()[-2:] == ["         8  unreadable", f"         9  in total below {root / 'broken'}"]

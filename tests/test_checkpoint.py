@@ -17,7 +17,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from tests.proofs.same_checkpoint import same
+from tests.equality import same
 from tests.trees import parse
 from training import checkpoint, optimization
 from training.checkpoint import TrainState

@@ -134,7 +134,7 @@ def test_the_later_attempt_at_an_epoch_counts(tmp_path):
     ("run.json", None, "run.json does not exist: give the --output_dir"),
     ("log.txt", None, "log.txt does not exist: give the --output_dir of a run that has evaluated an epoch."),
     ("log.txt", "", "log.txt is empty: wait until"),
-    ("log.txt", '{"epoch": 0}\n{"epoch": 1, "te', "log.txt, line 2 is not JSON: mend or remove the line."),
+    ("log.txt", '{"epoch": 0}\n{"epoch": 1, "te', "log.txt, line 2 is not JSON: correct or remove the line."),
     ("log.txt", '{"epoch": 0}\n\n', "log.txt, line 2 is not JSON"),
     ("log.txt", "\xff\n", "log.txt, line 1 is not JSON"),
     ("log.txt", '{"epoch": 0}\n[1]\n', "log.txt, line 2 is not the record of an epoch"),
@@ -165,7 +165,7 @@ def name_of(tool):
 
 
 def test_an_unknown_metric(six):
-    with pytest.raises(SystemExit, match=r"error: --metric acc7 is not in .* choose of \['epoch', 'test_acc1', "):
+    with pytest.raises(SystemExit, match=r"error: --metric acc7 is not in .* choose from \['epoch', 'test_acc1', "):
         compare_runs.main([str(six[0]), "--metric", "acc7"])
 
 
@@ -186,7 +186,7 @@ def test_plot_log_without_matplotlib_writes_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("output, message", [
-    ("log.pdf", "log.pdf is not the name of a PNG: end it in .png."),
+    ("log.pdf", "log.pdf is not the name of a PNG file: end it in .png."),
     ("none/log.png", "none/log.png: No such file or directory; choose a place that can be written.")])  # fmt: skip
 def test_plot_log_refuses_an_output(tmp_path, output, message):
     folder = make_run(tmp_path / "a", [record(0, 1)])
@@ -196,7 +196,7 @@ def test_plot_log_refuses_an_output(tmp_path, output, message):
 
 def test_plot_log_refuses_more_runs_than_colours(tmp_path):
     runs = [str(make_run(tmp_path / str(i), [record(0, 1)])) for i in range(8)]
-    with pytest.raises(SystemExit, match="error: 8 runs are more than the 7 colours: draw fewer at a time."):
+    with pytest.raises(SystemExit, match="error: There are 8 runs for 7 colours: plot fewer at a time."):
         plot_log.main([*runs, "--output", str(tmp_path / "log.png")])
 
 
@@ -267,12 +267,12 @@ def test_single_stream_draws_what_it_has(tmp_path):
         assert panels[panel] == [(BLUE, "-", [0, 1], values)]
     empty = {LABELLED, CNN, TRANSFORMER, MASK, ACCURACY}
     assert texts(figure) == [["not in these logs"] if i in empty else [] for i in range(9)]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["both streams, or the only one"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["whole network"]
 
 
 def test_the_file_is_a_png_of_twice_a_readme_s_width(supervised_and_semi, tmp_path, capsys):
     plot_log.main([*supervised_and_semi, "--output", str(tmp_path / "log.png")])
-    assert capsys.readouterr().out == f"2 run(s) drawn in {tmp_path}/log.png\n"
+    assert capsys.readouterr().out == f"Plotted 2 run(s) in {tmp_path}/log.png\n"
     with Image.open(tmp_path / "log.png") as picture:
         assert (picture.format, picture.width) == ("PNG", 1660)
 

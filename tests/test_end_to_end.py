@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from semi_main import main
-from tests.proofs.same_checkpoint import same
+from tests.equality import same
 from tests.trees import ROOT, SMALL, forked, make_tree, parse, ranks, semi_main
 from utils import is_ours
 

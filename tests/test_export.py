@@ -67,7 +67,7 @@ def test_the_card_tells_what_is_known_and_what_is_not(run):
     for name in ("eval.json", "log.txt", "run.json", "list.txt"):
         (run / name).unlink()
     text = card()
-    assert "not available: neither" in text and "sha256 not available, the file is not there" in text
+    assert "not available: neither" in text and "sha256 not available, the file does not exist" in text
     (run / "run.json").write_text("{")
     with pytest.raises(ValueError, match="Cannot read .*run.json"):
         card()
@@ -108,7 +108,7 @@ class Counting(Small):
 
 def test_a_network_that_fixes_the_number_of_images_is_refused(tmp_path):
     pytest.importorskip("onnxruntime")
-    with pytest.raises(ValueError, match="takes 3 images only: pass --no-onnx|cannot make ONNX of this network"):
+    with pytest.raises(ValueError, match="takes 3 images only: pass --no-onnx|cannot export this network as ONNX"):
         export.export_onnx(Counting(), 8, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
 

@@ -63,7 +63,7 @@ def test_any_flags_are_answered_by_one_error():
     @settings(**SETTINGS)
     @given(st.randoms(use_true_random=False))
     def check(rng):
-        outcome, why = fuzz.flags_case(*fuzz.commandline(rng))
+        outcome, why = fuzz.flags_case(*fuzz.command_line(rng))
         assert outcome in ("accepted", "refused"), why
 
     check()
@@ -87,7 +87,7 @@ def raising(error):
 @pytest.mark.parametrize("read, words", [
     (lambda path: [0], "read as"), (raising(IndexError("x")), "IndexError"), (raising(ValueError("x")), "ValueError"),
     (raising(lambda path: ValueError(f"{path}\nx")), "ValueError"), (raising(UserWarning("x")), "UserWarning"),
-    (raising(lambda path: ValueError(str(path))), "refused what is right"),
+    (raising(lambda path: ValueError(str(path))), "refused a valid file"),
 ])  # fmt: skip
 def test_faults_of_a_reader_are_found(files, read, words):
     subject = reading(files["split file"], read)

@@ -11,8 +11,8 @@ import torch
 
 import semi_main
 import utils
+from tests.equality import same
 from tests.proofs import prove_resume
-from tests.proofs.same_checkpoint import same
 from tests.trees import FORKSERVER, ROOT, SMALL, parse
 from training import output_folder
 

@@ -85,7 +85,7 @@ def main(*words):
 def test_the_sheet(tree, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(show_views, "DPI", 30)
     main(*flags(tree, "--unlabelled-path", tree / "others", "--output", tmp_path / "sheet.png"))
-    assert capsys.readouterr().out == f"3 image(s) drawn in {tmp_path / 'sheet.png'}\n"
+    assert capsys.readouterr().out == f"Drew 3 image(s) in {tmp_path / 'sheet.png'}\n"
     with Image.open(tmp_path / "sheet.png") as image:
         assert image.size[0] == 249 and image.size[1] > 100
     with pytest.raises(SystemExit):
@@ -96,8 +96,8 @@ def test_the_sheet(tree, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("words, error", [
     (["--images", 0], "--images 0 must be from 1 to 50."),
-    (["--images", 5], "--images asks for 5 labelled images, and there are 4: lower it."),
-    (["--output", "sheet.jpg"], "--output sheet.jpg is not the name of a PNG: end it in .png."),
+    (["--images", 5], "--images asks for 5 labelled images, but there are 4: lower it."),
+    (["--output", "sheet.jpg"], "--output sheet.jpg is not the name of a PNG file: end it in .png."),
     (["--data-path", "nowhere"], "There is no folder nowhere/train"),
     (["--data-split-file", "none.txt"], "none.txt"),
     (["--remode", "x"], "Unknown --remode 'x'"),

@@ -68,7 +68,7 @@ def test_the_same_names_give_the_same_lists(tmp_path):
     for line, name, count in zip(done.stdout.splitlines(), ("all.txt", "labelled.txt"), (80, 20)):
         digest = hashlib.sha256((tmp_path / "again" / name).read_bytes()).hexdigest()
         assert name in line and f" {count} images of 4 classes" in line and digest in line
-    assert "7 to 40 a class" in done.stdout
+    assert "7 to 40 per class" in done.stdout
     make_split(tmp_path / "b", tmp_path / "one", fraction=0.25, seed=1)
     assert content(tmp_path / "one")[1] != content(tmp_path / "out")[1]
     assert sorted(names(tmp_path / "one/all.txt")) == sorted(names(tmp_path / "out/all.txt"))
@@ -253,7 +253,7 @@ def test_lists_are_fetched_once_and_cut(served, lists, tmp_path):
     ("fixmatch10", None, "404"), ("fixmatch10", (b"", 5), "timed out"),
     ("simclr10", NAMES[:-18], "9 lines, not 10"), ("simclr10", NAMES[:-3], "'n01440764_9.JP'"),
     ("simclr10", b"<html>\n" + NAMES, "'<html>'"), ("simclr10", NAMES[17:] + NAMES[-17:], "twice"),
-    ("simclr10", "é".encode() + NAMES, "is no image name"),
+    ("simclr10", "é".encode() + NAMES, "is not an image name"),
 ])  # fmt: skip
 def test_what_is_not_the_list_is_told_and_not_kept(served, lists, tmp_path, monkeypatch, name, body, reason):
     bodies, url, _ = served

@@ -108,7 +108,7 @@ def two_seeds(tmp_path):
 
 
 def test_the_main_report_by_hand(two_seeds):
-    text = study_report.report("main", two_seeds, study.MAIN, [0, 1], {})
+    text = study_report.write_report("main", two_seeds, study.MAIN, [0, 1], {})
     rows, pairs = (cells(part) for part in text.split("\n\n"))
     assert rows[1] == ["cnn-semi", "2.50 M", "73.00 ± 1.41", "-", "-", "-", "-", "2", "500", "1.5 min", "0.5 min"]
     assert [row[0] for row in rows[1:]] == ["cnn-semi", "semiformer-supervised", "semiformer-semi"]
@@ -128,8 +128,8 @@ def test_smoke_fails_where_a_flag_changes_nothing(tmp_path):
         folder = make_run(tmp_path / "seed0" / name, [{"epoch": 0, "train_loss": loss}])
         extra = {"phases": {"semi-supervised": {"labelled": labelled}}, "images": {"unlabelled": 9}}
         (folder / "run.json").write_text(json.dumps(json.loads((folder / "run.json").read_text()) | extra))
-    with pytest.raises(RuntimeError, match="^mu changed nothing they should"):
-        study_report.report("smoke", tmp_path, [], [0], changes)
+    with pytest.raises(RuntimeError, match="^No quantity changed that should: mu; "):
+        study_report.write_report("smoke", tmp_path, [], [0], changes)
     rows = cells((tmp_path / "table.md").read_text())
     assert rows[1:] == [
         ["lambda", "`--semi-lambda 4`", "train_loss", "1", "1.5", "True"],

@@ -21,7 +21,7 @@ import options
 import run_with_submitit
 from images import loading
 from run_with_submitit import Task, get_args_parser, job_flags
-from tests.proofs.same_checkpoint import same
+from tests.equality import same
 from tests.trees import ROOT, SMALL, forked, python_calls, semi_main
 
 PUBLISHED = json.loads((ROOT / "tests/data/flags.json").read_text())["run_with_submitit"]

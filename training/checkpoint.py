@@ -10,7 +10,6 @@ import re
 import shutil
 import struct
 import urllib.request
-import uuid
 import zipfile
 import zlib
 from contextlib import suppress
@@ -22,7 +21,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from utils import atomic, print_main, write_atomic
+from utils import atomic, print_main, write_atomic, writing
 
 # Classes that a published file may hold beside tensors and plain containers. None of these runs code when unpickled.
 SAFE_CLASSES = [argparse.Namespace, pathlib.Path, pathlib.PosixPath, pathlib.PurePosixPath]
@@ -119,7 +118,7 @@ def save(content, path, previous=None):
 
     Raises OSError naming the file where it cannot be written; the files that were there stay as they are.
     """
-    with atomic(path, before_rename=previous and partial(_keep, path, previous)) as file:
+    with writing(path), atomic(path, previous and partial(_keep, path, previous)) as file:
         try:
             torch.save(content, file)
         except RuntimeError as error:
@@ -162,22 +161,17 @@ def fetch(path_or_url):
         print_main(f"{url} is already in {path}.")
         return path
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.{uuid.uuid4().hex}"
     print_main(f"Downloading {url} to {path}.")
     try:
         # Not torch.hub.download_url_to_file, which takes a connection that breaks off for the end of the file.
         request = urllib.request.Request(url, headers={"User-Agent": "torch.hub"})
-        with urllib.request.urlopen(request, timeout=60) as answer, open(temporary, "wb") as file:
+        with urllib.request.urlopen(request, timeout=60) as answer, atomic(path) as file:
             shutil.copyfileobj(answer, file)
             length = int(answer.headers.get("Content-Length", file.tell()))
             if file.tell() != length:
                 raise ConnectionError(f"{file.tell()} of {length} bytes came")
-        os.replace(temporary, path)
     except (OSError, ValueError, HTTPException) as error:
         raise OSError(f"Cannot download {url} ({error}): download it by hand and pass its path.") from error
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
     return path
 
 

@@ -73,13 +73,23 @@ class Output:
         if self.folder:
             utils.on_main(lambda: utils.write_json(self.folder / "run.json", content()))
 
-    def trim(self, epoch):
-        """Move the lines of later epochs, which a resumed run writes again, and incomplete lines out of log.txt."""
-        dropped = utils.on_main(utils.trim_json_lines, self.folder / "log.txt", epoch) if self.folder else 0
-        if dropped:
-            print_main(
-                f"{self.folder / 'log.txt'}: {dropped} lines are not of epochs up to {epoch}, now in log.dropped.txt."
-            )
+    def tidy(self, epoch):
+        """Prepare the folder for a run that resumes after this epoch.
+
+        Temporary files of a killed run are removed; the lines of later epochs, which the run writes again, and
+        incomplete lines are moved out of log.txt.
+        """
+        if self.folder is None:
+            return
+        log = self.folder / "log.txt"
+
+        def tidy_up():
+            for leftover in self.folder.glob("*.tmp"):
+                leftover.unlink()
+            return utils.trim_json_lines(log, epoch)
+
+        if dropped := utils.on_main(tidy_up):
+            print_main(f"{log}: {dropped} lines are not of epochs up to {epoch}, now in log.dropped.txt.")
 
     def log(self, record):
         """Append an epoch's record to log.txt."""

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 import time
 from pathlib import Path
 
@@ -147,9 +146,8 @@ def write(folder, tally, classes, streams, prefix=""):
         return
     for name, draw in plots.items():
         path = Path(folder, name)
-        with utils.writing(path):
-            draw().savefig(f"{path}.tmp", format="png")
-            os.replace(f"{path}.tmp", path)
+        with utils.writing(path), utils.atomic(path) as file:
+            draw().savefig(file, format="png")
 
 
 def _write_csv(path, rows):

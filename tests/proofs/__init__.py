@@ -1,1 +1,1 @@
-"""Proofs that take minutes: kills, Slurm, memory, damaged files. Their output is in docs/reliability.md."""
+"""Proofs that take minutes: resuming after kills, Slurm, memory, damaged files (results in docs/reliability.md)."""

@@ -1,11 +1,12 @@
-"""Damage valid files and flags at random: the strict reader's result, or one error that names the file or the flag.
+"""Damage valid files and flags at random; each case must be read correctly or be refused with one clear error.
 
     python -m tests.proofs.fuzz [--mutations 10000] [--seed 0]
 
-Each case changes a valid split file, list, CSV file, checkpoint or command line. What our readers make of it must be
-what slow_readers.py makes of it (a checkpoint: what was saved), or a ValueError or OSError of one line that
-names the file, or of flags one line that names a word of the command line. Anything else is a failure, warnings too;
-each is printed with its case, and the status is 1. Ends with a Markdown table; the same seed gives the same cases.
+Each case damages a valid split file, list, CSV file, checkpoint or command line. Our readers must either return what
+slow_readers.py returns (for a checkpoint: what was saved) or raise a ValueError or OSError with a one-line message that
+names the file; flags must be accepted as given, or refused in one line that names a word of the command line. Anything
+else, including a warning, is a failure. Prints each failure with its case, then a Markdown table, and exits with status
+1 if there were failures. The same seed gives the same cases.
 """
 
 import argparse
@@ -27,21 +28,23 @@ import torch
 
 import options
 from images.readers import FileSource, Samples, image_csv, image_list, read_split
+from tests.equality import same
 from tests.proofs import slow_readers
 from training import checkpoint
 
-# ------------------------------------------------------------------------------- what is damaged
+# ------------------------------------------------------------------------------- the valid files
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A kind of file.
+    """A kind of file that is damaged.
 
     Attributes:
-        path: where the cases are written. valid: bytes of the undamaged file.
-        read: path -> something comparable, our reader.
-        expected: bytes -> what `read` must give, None where it must refuse.
-        may_refuse: whether it may refuse all but the undamaged file.
+        path: where the damaged files are written.
+        valid: content of the undamaged file, bytes.
+        read: our reader, path -> content.
+        expected: bytes -> what `read` must return, or None if it must refuse the file.
+        may_refuse: whether the reader may refuse every file but the undamaged one.
     """
 
     path: Path
@@ -59,17 +62,8 @@ def _samples(samples):
     return [samples.source.path(i) for i in range(len(samples))], samples.targets.tolist(), samples.classes
 
 
-def plain(thing):
-    """A checkpoint's content as something that == compares to the bit."""
-    if torch.is_tensor(thing):
-        return str(thing.dtype), tuple(thing.shape), thing.numpy().tobytes()
-    if isinstance(thing, dict):
-        return type(thing).__name__, [(key, plain(value)) for key, value in thing.items()]
-    return [plain(each) for each in thing] if isinstance(thing, list | tuple) else thing
-
-
 def subjects(folder):
-    """{kind: Subject}, their files in `folder`."""
+    """{kind: Subject} of all kinds of files, which are written below `folder`."""
     root = Path(folder, "data")
     for name in NAMES:
         Path(root, name).parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +83,7 @@ def subjects(folder):
     }
     saved = Path(folder, "checkpoint.pth")
     checkpoint.save(content, saved)
-    whole = plain(checkpoint.read(saved))
+    saved_content = checkpoint.read(saved)
     return {
         "split file": Subject(
             Path(folder, "split.txt"),
@@ -112,8 +106,8 @@ def subjects(folder):
         "checkpoint": Subject(
             Path(folder, "damaged.pth"),
             saved.read_bytes(),
-            lambda path: plain(checkpoint.read(path)),
-            lambda damaged: whole,
+            checkpoint.read,
+            lambda damaged: saved_content,
             may_refuse=True,
         ),
     }
@@ -126,7 +120,7 @@ TOKENS = (b"\0", b"..", b"../", b"/", b'"', b'""', b",", b"\n", b"\r", b"\r\n", 
 
 
 def flip_bits(rng, content):
-    """One to four bits."""
+    """Flip one bit or four."""
     damaged = bytearray(content)
     for _ in range(rng.choice((1, 1, 1, 4))):
         damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
@@ -134,12 +128,12 @@ def flip_bits(rng, content):
 
 
 def truncate(rng, content):
-    """The end is missing, at any place."""
+    """Cut the end off, anywhere."""
     return content[: rng.randrange(len(content))]
 
 
 def insert_bytes(rng, content):
-    """A token that means something, or up to four random bytes."""
+    """Insert one of TOKENS, or up to four random bytes."""
     place = rng.randrange(len(content) + 1)
     return content[:place] + rng.choice((rng.choice(TOKENS), rng.randbytes(rng.randrange(1, 5)))) + content[place:]
 
@@ -150,21 +144,21 @@ def _lines(content):
 
 
 def drop_line(rng, content):
-    """A line is missing; of a binary file 64 bytes."""
+    """Remove a line, or 64 bytes of a binary file."""
     lines = _lines(content)
     del lines[rng.randrange(len(lines))]
     return b"".join(lines)
 
 
 def double_line(rng, content):
-    """A line comes twice, the second time anywhere."""
+    """Insert a copy of a line (64 bytes of a binary file) anywhere."""
     lines = _lines(content)
     lines.insert(rng.randrange(len(lines) + 1), rng.choice(lines))
     return b"".join(lines)
 
 
 def swap_fields(rng, content):
-    """Two fields change places; of a binary file two times 16 bytes."""
+    """Exchange two fields, or two blocks of 16 bytes of a binary file."""
     fields = [content[i : i + 16] for i in range(0, len(content), 16)]
     if b"\0" not in content:
         fields = re.split(rb"([,\n /])", content)
@@ -184,9 +178,9 @@ DAMAGE = {
 
 # ------------------------------------------------------------------------------- flags
 
-FLAGS = {  # flag: (words that are right, words that are wrong); () stands for a flag without a value
+FLAGS = {  # flag: (valid values, invalid values); () stands for a flag without a value
     "--batch-size": (("8", "20", "64", "108"), ("0", "-1", "x", "1.5", "")),
-    "--mu": (("0.25", "0.5", "0.125", "2", "-1"), ("nan", "half")),  # --eval does not look at it
+    "--mu": (("0.25", "0.5", "0.125", "2", "-1"), ("nan", "half")),  # 2 and -1 are valid with --eval, which ignores it
     "--epochs": (("1", "300"), ("0", "1e3")),
     "--lr": (("0", "5e-4"), ("-1", "inf", "nan")),
     "--mixup": (("0", "0.8"), ("-0.1", "nan")),
@@ -207,21 +201,21 @@ FLAGS = {  # flag: (words that are right, words that are wrong); () stands for a
 }
 
 
-def commandline(rng):
-    """(words, {flag: text or True}, the flags whose text is wrong) of some flags, in any order."""
+def command_line(rng):
+    """A random command line: (its words, {flag: text or True}, {the flags with an invalid value})."""
     chosen, wrong = {}, set()
     for flag in rng.sample(sorted(FLAGS), rng.randrange(1, 8)):
-        right, bad = FLAGS[flag]
-        if right and bad and rng.random() < 0.12:
+        values, invalid = FLAGS[flag]
+        if values and invalid and rng.random() < 0.12:
             wrong.add(flag)
-            right = bad
-        chosen[flag] = rng.choice(right) if right else True
+            values = invalid
+        chosen[flag] = rng.choice(values) if values else True
     words = [[flag] if text is True else [flag, *(text.split() or [""])] for flag, text in chosen.items()]
     return sum(words, []), chosen, wrong
 
 
-def slow_refusal(chosen):
-    """Whether flags that are right one by one do not go together."""
+def incompatible(chosen):
+    """Whether flags with valid values contradict each other, so that they must be refused."""
     amp, off = chosen.get("--amp"), "--no-amp" in chosen
     if off and amp not in (None, "off"):
         return True
@@ -240,7 +234,7 @@ def slow_refusal(chosen):
 
 
 class Outcome:
-    """A context that keeps the exception that ends it, whatever it is, warnings among them."""
+    """A context manager that catches any exception, warnings included, and keeps it as `error`."""
 
     error: Any = None
 
@@ -261,25 +255,29 @@ def _shown(error):
 
 
 def file_case(subject, content):
-    """('accepted' | 'refused' | 'failed', why it failed) of one damaged file."""
+    """Read one damaged file; returns ('accepted' | 'refused' | 'failed', why it failed)."""
     subject.path.write_bytes(content)
     expected = subject.expected(content)
     with Outcome() as outcome:
         result = subject.read(subject.path)
     error = outcome.error
     if error is None:
-        shown = f"something else than what was saved is read from {subject.path.name}"
-        shown = shown if subject.may_refuse else f"read as {result!r}, not {expected!r}"
-        return ("accepted", "") if result == expected else ("failed", shown)
+        reason = f"read as {result!r}, not {expected!r}"
+        if subject.may_refuse:  # a checkpoint, too long to print
+            reason = f"the content read from {subject.path.name} is not what was saved"
+        return ("accepted", "") if same(result, expected) else ("failed", reason)
     if not isinstance(error, ValueError | OSError) or "\n" in str(error) or str(subject.path) not in str(error):
         return "failed", _shown(error)
     if expected is not None and not (subject.may_refuse and content != subject.valid):
-        return "failed", f"refused what is right: {_shown(error)}"
+        return "failed", f"refused a valid file: {_shown(error)}"
     return "refused", ""
 
 
 def flags_case(words, chosen=None, wrong=()):
-    """The same of one command line; without `chosen` no more is known of it than its words."""
+    """Parse and check one command line; returns ('accepted' | 'refused' | 'failed', why it failed).
+
+    Without `chosen` the right answer is not known, so that only the form of a refusal is checked.
+    """
     with Outcome() as outcome, contextlib.redirect_stderr(io.StringIO()) as printed:
         args = options.get_args_parser().parse_args(words)
         options.check(args)
@@ -290,30 +288,31 @@ def flags_case(words, chosen=None, wrong=()):
         expected = vars(options.get_args_parser().parse_args([])) | {
             flag.strip("-").replace("-", "_"): text for flag, text in chosen.items()
         }
-        differ = [name for name, value in vars(args).items() if not _same_value(value, expected[name])]
-        differ += ["a refusal was due"] if wrong or slow_refusal(chosen) else []
-        return ("failed", f"accepted, but {differ}") if differ else ("accepted", "")
+        faults = [f"{name} is wrong" for name, value in vars(args).items() if not _has_value(value, expected[name])]
+        faults += ["it must be refused"] if wrong or incompatible(chosen) else []
+        return ("failed", f"accepted, but {', '.join(faults)}") if faults else ("accepted", "")
     if isinstance(error, SystemExit):
         text = printed.getvalue().partition(": error: ")[2].removesuffix("\n") if error.code == 2 else ""
     else:
         text = str(error)
     known = [flag for action in options.get_args_parser()._actions for flag in action.option_strings]
-    named = any(word in text for word in wrong or [*words, *known])  # argparse completes a flag cut short
+    named = any(word in text for word in wrong or [*words, *known])  # argparse completes an abbreviated flag
     if not isinstance(error, SystemExit | ValueError) or "\n" in text or not named:
         return "failed", f"{_shown(error)} {printed.getvalue()[-300:]}"
-    if chosen is not None and not wrong and not slow_refusal(chosen):
-        return "failed", f"refused what is right: {text}"
+    if chosen is not None and not wrong and not incompatible(chosen):
+        return "failed", f"refused valid flags: {text}"
     return "refused", ""
 
 
-def _same_value(got, expected):
-    if isinstance(expected, str) and isinstance(got, list):
-        return got == [float(word) for word in expected.split()]
-    return got == (type(got)(expected) if isinstance(expected, str) and got is not None else expected)
+def _has_value(parsed, expected):
+    """Whether a parsed flag has the value that is expected: as text, or its default."""
+    if isinstance(expected, str) and isinstance(parsed, list):
+        return parsed == [float(word) for word in expected.split()]
+    return parsed == (type(parsed)(expected) if isinstance(expected, str) and parsed is not None else expected)
 
 
 def run(mutations, seed):
-    """(Counter of (kind, damage, outcome), [failures as text]) of so many cases."""
+    """Run so many cases; returns (Counter of (kind, damage, outcome), [failures as text])."""
     counts, failures = Counter(), []
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         files = subjects(folder)
@@ -325,10 +324,9 @@ def run(mutations, seed):
                 content = DAMAGE[damage](rng, files[kind].valid)
                 outcome, why = file_case(files[kind], content)
             elif damage == "combined":
-                content = commandline(rng)
-                outcome, why = flags_case(*content)
+                outcome, why = flags_case(*command_line(rng))
             else:
-                content = "\n".join(commandline(rng)[0]).encode()
+                content = "\n".join(command_line(rng)[0]).encode()
                 content = DAMAGE[damage](rng, content).decode("utf-8", "replace")
                 outcome, why = flags_case([word for word in content.split("\n") if word])
             counts[kind, damage, outcome] += 1
@@ -338,7 +336,7 @@ def run(mutations, seed):
 
 
 def table(counts):
-    """The Markdown table of a run, a row for each kind of file and damage, and their sum."""
+    """The Markdown table of a run: a row for each kind of file and damage, and the total."""
     outcomes = ("accepted", "refused", "failed")
     rows = ["| what | damage | cases | accepted | refused | failed |", "|---|---|--:|--:|--:|--:|"]
     cells = list(dict.fromkeys((kind, damage) for kind, damage, _ in counts))
@@ -349,12 +347,12 @@ def table(counts):
     return "\n".join([*rows, f"| **all** | | {' | '.join(f'{n:,}' for n in (sum(each), *each))} |"])
 
 
-def main(words=None):
-    """Run, print; returns the exit status."""
+def main(argv=None):
+    """Run the cases, print failures and table, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mutations", type=int, default=10_000, help="number of cases (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all cases (%(default)s)")
-    args = parser.parse_args(words)
+    parser.add_argument("--mutations", type=int, default=10_000, help="number of cases (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all cases (default: %(default)s)")
+    args = parser.parse_args(argv)
     counts, failures = run(args.mutations, args.seed)
     print(*failures, table(counts), sep="\n")
     return int(bool(failures))

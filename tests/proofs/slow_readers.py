@@ -1,6 +1,6 @@
-"""The readers of split files, lists and CSV files written a second time, slow and plain, for fuzz.py to compare.
+"""A second, slow and simple implementation of the readers of split files, lists and CSV files, which fuzz.py compares.
 
-Each takes the bytes of a file and gives what is in it, or None where the file must be refused.
+Each reader takes the bytes of a file and returns its content, or None if the file must be refused.
 """
 
 import os
@@ -13,7 +13,7 @@ DIGITS = "0123456789"
 
 
 def text_of(content):
-    """The text of a file, its lines ended by \\n; None if it is no UTF-8 or has a zero byte."""
+    """The text of a file with \\n as line ending; None if it is not UTF-8 or contains a zero byte."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError:
@@ -23,7 +23,7 @@ def text_of(content):
 
 
 def stays_inside(entry):
-    """Whether a path stays in its folder, walked part by part."""
+    """Whether a relative path stays in its folder: it is not absolute, and no part is `..`."""
     return entry[:1] != "/" and all(part != ".." for part in entry.split("/"))
 
 
@@ -32,7 +32,7 @@ def _is_number(text):
 
 
 def split(content, paths):
-    """Indices into `paths` of a split file's images."""
+    """Indices into `paths` of the images in a split file."""
     text, found = text_of(content), []
     for line in text.split("\n") if text is not None else ():
         line = line.strip(BLANKS + "\n\r")
@@ -41,8 +41,8 @@ def split(content, paths):
             line = ",".join(columns[:-2]).strip(BLANKS)
         elif not line:
             continue
-        whole = [i for i, path in enumerate(paths) if path == line]
-        named = whole or [i for i, path in enumerate(paths) if path.split("/")[-1] == line]
+        exact = [i for i, path in enumerate(paths) if path == line]
+        named = exact or [i for i, path in enumerate(paths) if path.split("/")[-1] == line]
         if not stays_inside(line) or len(named) != 1 or named[0] in found:
             return None
         found += named
@@ -50,7 +50,7 @@ def split(content, paths):
 
 
 def path_and_target(line):
-    """(path, target) of a list's line, read from its end; target -1 and the whole line where there is none."""
+    """(path, target) of a line of a list; (the whole line, -1) if the line does not end in a target."""
     head = line.rstrip(DIGITS)
     digits = line[len(head) :]
     minus = head.endswith("-")
@@ -78,7 +78,7 @@ def image_list(content, root):
 
 
 def cells(text):
-    """Rows of cells of a CSV file, one character at a time; None if quotes are wrong."""
+    """Rows of cells of a CSV file, parsed character by character; None if the quotes do not match."""
     rows, row, cell, state = [], [], "", "start"
     for letter in text + ("" if text.endswith("\n") or not text else "\n"):
         if state == "quoted":
@@ -102,7 +102,7 @@ def cells(text):
 
 
 def natural(name):
-    """A key that puts class2 before class10; a name starts with letters, perhaps none."""
+    """A sort key that puts class2 before class10: the name split into (letters, number) pairs."""
     parts = re.findall("([^0-9]*)([0-9]*)", name.lower())
     return [(letters, int(digits) if digits else -1) for letters, digits in parts], name
 
