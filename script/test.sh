@@ -11,6 +11,7 @@ source script/setup.sh
 case ${1:-} in
 --proofs)
     status=0
+    "$PYTHON" -m pytest -m proof || status=$?
     for proof in "tests.proofs.prove_resume --kills 30" tests.proofs.prove_memory \
         "tests.proofs.fuzz --mutations 10000" benchmarks.measure_lists; do
         printf '\n## python -m %s\n\n' "$proof"
@@ -27,8 +28,9 @@ case ${1:-} in
     SLURM_SANDBOX_STATE=$output "$PYTHON" -m pytest -rs -m slurm "${@:2}"
     ;;
 *)
-    # Two processes of one thread each, a file at a time: most tests use one core, and those of a file share fixtures.
+    # Two processes of one thread each, because most tests use one core. Each takes one half of the files, so that the
+    # tests of a file share fixtures, and the one that is done first takes tests from the end of the other's half.
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"
+    exec "$PYTHON" -m pytest -n 2 --dist worksteal -m "not proof and not slurm" "$@"
     ;;
 esac
