@@ -25,7 +25,7 @@ from images.decoding import UnreadableImage
 from losses import Recipe, consistency, objective
 from pseudo_labels import select_targets
 from tests.trees import make_cifar, make_fashion, make_inat, make_places, make_semi_inat, parse
-from training import optimization
+from training import checkpoint, optimization
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NO_EFFECT = ("--opt-level", "--cross-attn", "--cnn2trans", "--trans2cnn", "--resplit")
@@ -192,7 +192,7 @@ def files(args):
 def in_checkpoint(key):
     def probe(args):
         main(args)
-        return key in torch.load(Path(args.output_dir, "checkpoint.pth"), weights_only=False)
+        return key in checkpoint.read(Path(args.output_dir, "checkpoint.pth"))
 
     return probe
 
