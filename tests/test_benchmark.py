@@ -1,4 +1,4 @@
-"""benchmarks/benchmark.py: the proof finds a lever that changes the function, calls go in turn, tables are complete."""
+"""benchmarks/benchmark.py: a changed function is found, the variants take turns, and the tables are complete."""
 
 import re
 import sys
@@ -29,7 +29,7 @@ def test_published_and_ours_compute_the_same(quick):
     assert len(figures) == 5 and 0 < max(figures) < 1e-8
 
 
-def test_the_published_formulation_has_every_lever_off_and_our_state_dict(quick):
+def test_the_published_formulation_has_no_optimization_and_our_state_dict(quick):
     ours = variants.network(quick)
     theirs = published.as_published(ours)
     replaced = {kind for parts in published.PARTS.values() for kind in parts}
@@ -43,13 +43,13 @@ def test_the_published_formulation_has_every_lever_off_and_our_state_dict(quick)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0, 0.05]
 
 
-@pytest.mark.parametrize("lever", [*published.PARTS, "channels_last"])
-def test_a_lever_alone_is_that_lever(quick, lever):
-    model = published.as_published(variants.network(quick), (lever,))
+@pytest.mark.parametrize("chosen", [*published.PARTS, "channels_last"])
+def test_one_optimization_alone_is_that_one(quick, chosen):
+    model = published.as_published(variants.network(quick), (chosen,))
     kinds = {type(module) for module in model.modules()}
     for name, parts in published.PARTS.items():
-        assert kinds >= set(parts if name == lever else parts.values())
-    assert model.conv1.weight.is_contiguous() == (lever != "channels_last")
+        assert kinds >= set(parts if name == chosen else parts.values())
+    assert model.conv1.weight.is_contiguous() == (chosen != "channels_last")
 
 
 def _sharper(self, x, **_):
@@ -156,15 +156,15 @@ def test_train_without_bf16(quick, monkeypatch):
     found = rows(benchmark.train(quick))
     assert [found[name][3] for name in ("fp32", "bf16", "bf16 `--compile`")] == ["1.2", "1.85", "2.4"]
     assert found["bf16"][0] == found["bf16 `--compile`"][0] == found["bf16 alone"][0] == "not run: no avx512_bf16"
-    levers = ("pool first", "channels_last", "SDPA", "compile", "fused AdamW", "foreach EMA")
-    assert all(ratio(found[f"{lever} alone"]) > 0 for lever in levers) and ratio(found["fp32"]) > 0
+    names = ("pool first", "channels_last", "SDPA", "compile", "fused AdamW", "foreach EMA")
+    assert all(ratio(found[f"{name} alone"]) > 0 for name in names) and ratio(found["fp32"]) > 0
 
 
 def test_eval_has_both_precisions(quick, monkeypatch):
     monkeypatch.setattr(benchmark, "has_bf16", lambda device: True)
     found = rows(benchmark.evaluation(quick))
     assert (found["fp32"][3], found["bf16"][3]) == ("1.7", "3.3")
-    assert {f"{lever} alone" for lever in ("pool first", "SDPA", "channels_last", "folded", "bf16")} <= set(found)
+    assert {f"{name} alone" for name in ("pool first", "SDPA", "channels_last", "folded", "bf16")} <= set(found)
     assert all(ratio(cells) > 0 for cells in found.values())
 
 
