@@ -182,8 +182,9 @@ _UNSET = {  # flag: its value where it asks for nothing
     "--inat-category": "name",
     "--unlabelled-path": "",
     "--data-backend": "pil",
+    "--scale": [0.08, 1.0],
 }
-_FILES = ("--data-backend",)  # applies where there are files to decode
+_FILES = ("--data-backend", "--scale")  # apply where there are files to decode, which have ImageNet's views
 _SPLIT = ("--data-split-file", "--select-ratio", "--unlabelled-path")
 _PLACES = ("--split-folder", "--unlabelled-path", *_FILES)
 _CIFAR = partial(DataSet, _cifar, _first_of_each_class, ("--select-ratio", "--unlabelled-path"))
@@ -212,18 +213,26 @@ def _check_flags(args, data_set, flags=tuple(_UNSET)):
 
 
 def _views(args):
-    """The labelled, the strong and the weak view of the flags; those of FixMatch depend on --input-size alone."""
-    size, colours = args.input_size, DATA_SETS[args.data_set].colours
+    """The labelled, the strong and the weak view of the flags; FixMatch's depend on --input-size and --hflip alone."""
+    size, flip, colours = args.input_size, args.hflip, DATA_SETS[args.data_set].colours
     if colours:
-        weak = transforms.cifar_weak_view(size, colours)
-        return weak, transforms.cifar_strong_view(size, colours), weak
+        weak = transforms.cifar_weak_view(size, colours, flip)
+        return weak, transforms.cifar_strong_view(size, colours, flip), weak
     strong = transforms.train_view(
-        size, args.aa, args.color_jitter, args.train_interpolation, args.reprob, args.remode, args.recount
+        size,
+        args.aa,
+        args.color_jitter,
+        args.train_interpolation,
+        args.reprob,
+        args.remode,
+        args.recount,
+        hflip=flip,
+        scale=args.scale,
     )
     if args.data_backend == "fast":
         strong = fast_transforms.train_view(strong)
-        return strong, strong, fast_transforms.weak_view(size)
-    return strong, strong, transforms.weak_view(size)
+        return strong, strong, fast_transforms.weak_view(size, flip)
+    return strong, strong, transforms.weak_view(size, flip)
 
 
 def fixmatch_colours(name):

@@ -298,6 +298,16 @@ def _augmentation_flags(parser):
         dest="repeated_aug",
         help="each labelled image once a pass; the default shown is that of --repeated-aug",
     )
+    add("--hflip", type=float, default=0.5, metavar="P", help="probability of a horizontal flip in every training view")
+    add(
+        "--scale",
+        type=float,
+        nargs=2,
+        default=[0.08, 1.0],
+        metavar=("MIN", "MAX"),
+        help="smallest and largest share of the image's area that the labelled and strong views' crop takes; not of "
+        "CIFAR and FASHION, whose views crop by a few pixels",
+    )
     add("--reprob", type=float, default=0.25, metavar="PCT", help="probability of random erasing, 0 to 1")
     add(
         "--remode",
@@ -535,7 +545,7 @@ _LIMITS = {
     "must be above 0": (lambda x: x is None or x > 0, ("--temperature", "--infonce-T", "--clip-grad")),
     "must be from 0 to 1": (
         lambda x: 0 <= x <= 1,
-        ("--threshold", "--reprob", "--mixup-prob", "--mixup-switch-prob", "--model-ema-decay"),
+        ("--threshold", "--reprob", "--hflip", "--mixup-prob", "--mixup-switch-prob", "--model-ema-decay"),
     ),
     "must be 0 or more and below 1": (lambda x: 0 <= x < 1, ("--smoothing", "--drop", "--drop-path")),
     "must be a share from 0 to below 1 or a whole number": (
@@ -546,6 +556,7 @@ _LIMITS = {
     f"must be one of {', '.join(_SCHEDULES)}": (lambda x: x in _SCHEDULES, ("--sched",)),
     "must be batch, pair or elem": (lambda x: x in ("batch", "pair", "elem"), ("--mixup-mode",)),
     "must be one share or two": (lambda x: x is None or len(x) <= 2, ("--lr-noise",)),
+    "must be two numbers with 0 < MIN <= MAX <= 1": (lambda x: 0 < x[0] <= x[1] <= 1, ("--scale",)),
     "must be two numbers": (lambda x: x is None or len(x) == 2, ("--opt-betas", "--cutmix-minmax")),
 }
 

@@ -65,18 +65,20 @@ def train_view(view):
 
     The operations of the policy are Pillow's, as in `view`.
     """
-    crop, flip, *rest = view.transforms
+    crop, *rest = view.transforms
     normalise = next(i for i, step in enumerate(rest) if isinstance(step, transforms.Normalize))
-    policy = rest[: normalise - 1]  # the step before Normalize converts to a tensor
-    steps = [partial(_random_resized_crop, crop=crop), flip]
+    rest = rest[: normalise - 1]  # the step before Normalize converts to a tensor
+    flip = [step for step in rest if isinstance(step, transforms.RandomHorizontalFlip)]  # timm adds none for hflip 0
+    policy = rest[len(flip) :]
+    steps = [partial(_random_resized_crop, crop=crop), *flip]
     return transforms.Compose(steps + ([partial(_by_pillow, steps=policy)] if policy else []))
 
 
-def weak_view(size):
+def weak_view(size, hflip=0.5):
     """`transforms.weak_view` on uint8 tensors."""
     return transforms.Compose(
         [
-            transforms.RandomHorizontalFlip(),
+            transforms.RandomHorizontalFlip(hflip),
             partial(_with_shorter_side, side=resized_side(size)),
             partial(_reflected, padding=4),
             transforms.RandomCrop(size),

@@ -52,7 +52,15 @@ def _resize_and_crop(size, padding_mode):
 
 
 def train_view(
-    size, aa="rand-m9-mstd0.5-inc1", color_jitter=0.4, interpolation="bicubic", reprob=0.25, remode="pixel", recount=1
+    size,
+    aa="rand-m9-mstd0.5-inc1",
+    color_jitter=0.4,
+    interpolation="bicubic",
+    reprob=0.25,
+    remode="pixel",
+    recount=1,
+    hflip=0.5,
+    scale=(0.08, 1.0),
 ):
     """The labelled and the strong view: timm's training transform (DeiT's settings).
 
@@ -62,6 +70,8 @@ def train_view(
         color_jitter: strength of colour jitter, used only without `aa`.
         interpolation: 'bicubic', 'bilinear' or 'random', of RandomResizedCrop and of the policy's warps.
         reprob, remode, recount: random erasing: probability, 'const' | 'rand' | 'pixel', rectangles at most.
+        hflip: probability of a horizontal flip.
+        scale: smallest and largest share of the image's area that RandomResizedCrop takes.
     Raises ValueError for a policy, mode or interpolation timm does not know.
     """
     if interpolation not in ("bicubic", "bilinear", "random"):
@@ -73,6 +83,8 @@ def train_view(
         transform = create_transform(
             size,
             is_training=True,
+            scale=tuple(scale),
+            hflip=hflip,
             color_jitter=color_jitter,
             auto_augment=None if off else aa,
             interpolation=interpolation,
@@ -85,9 +97,10 @@ def train_view(
     return repair_posterize(transform)
 
 
-def weak_view(size):
+def weak_view(size, hflip=0.5):
     """The weak view: flip, resize of the shorter side, random crop with 4 pixels of reflected padding."""
-    return transforms.Compose([transforms.RandomHorizontalFlip(), *_resize_and_crop(size, "reflect"), *_to_tensor()])
+    flip = transforms.RandomHorizontalFlip(hflip)
+    return transforms.Compose([flip, *_resize_and_crop(size, "reflect"), *_to_tensor()])
 
 
 def check_size(image, size):
@@ -110,21 +123,21 @@ def eval_view(size):
     )
 
 
-def cifar_weak_view(size, colours):
+def cifar_weak_view(size, colours, hflip=0.5):
     """FixMatch's labelled and weak view of CIFAR: flip, resize, random crop with 4 pixels of zero padding.
 
     Args:
         colours: (mean, std), 0 to 1, a number per channel.
     """
     crop = _resize_and_crop(size, "constant")
-    return transforms.Compose([transforms.RandomHorizontalFlip(), *crop, *_to_tensor(colours)])
+    return transforms.Compose([transforms.RandomHorizontalFlip(hflip), *crop, *_to_tensor(colours)])
 
 
-def cifar_strong_view(size, colours):
+def cifar_strong_view(size, colours, hflip=0.5):
     """FixMatch's strong view of CIFAR: flip, RandAugment on the small image, resize and crop as in the weak view."""
     crop = _resize_and_crop(size, "constant")
     augment = transforms.Lambda(rand_augment)
-    return transforms.Compose([transforms.RandomHorizontalFlip(), augment, *crop, *_to_tensor(colours)])
+    return transforms.Compose([transforms.RandomHorizontalFlip(hflip), augment, *crop, *_to_tensor(colours)])
 
 
 def cifar_eval_view(size, colours):

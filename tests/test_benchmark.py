@@ -1,4 +1,4 @@
-"""benchmarks/benchmark.py: a changed function is found, the variants take turns, and the tables are complete."""
+"""benchmarks/benchmark.py: the proof finds what changes the function, calls alternate, tables are complete."""
 
 import re
 import sys
@@ -43,13 +43,13 @@ def test_the_published_formulation_has_no_optimization_and_our_state_dict(quick)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0, 0.05]
 
 
-@pytest.mark.parametrize("chosen", [*published.PARTS, "channels_last"])
-def test_one_optimization_alone_is_that_one(quick, chosen):
-    model = published.as_published(variants.network(quick), (chosen,))
+@pytest.mark.parametrize("optimization", [*published.PARTS, "channels_last"])
+def test_one_optimization_alone_is_that_one(quick, optimization):
+    model = published.as_published(variants.network(quick), (optimization,))
     kinds = {type(module) for module in model.modules()}
     for name, parts in published.PARTS.items():
-        assert kinds >= set(parts if name == chosen else parts.values())
-    assert model.conv1.weight.is_contiguous() == (chosen != "channels_last")
+        assert kinds >= set(parts if name == optimization else parts.values())
+    assert model.conv1.weight.is_contiguous() == (optimization != "channels_last")
 
 
 def _sharper(self, x, **_):
@@ -156,15 +156,17 @@ def test_train_without_bf16(quick, monkeypatch):
     found = rows(benchmark.train(quick))
     assert [found[name][3] for name in ("fp32", "bf16", "bf16 `--compile`")] == ["1.2", "1.85", "2.4"]
     assert found["bf16"][0] == found["bf16 `--compile`"][0] == found["bf16 alone"][0] == "not run: no avx512_bf16"
-    names = ("pool first", "channels_last", "SDPA", "compile", "fused AdamW", "foreach EMA")
-    assert all(ratio(found[f"{name} alone"]) > 0 for name in names) and ratio(found["fp32"]) > 0
+    optimizations = ("pool first", "channels_last", "SDPA", "compile", "fused AdamW", "foreach EMA")
+    assert all(ratio(found[f"{optimization} alone"]) > 0 for optimization in optimizations) and ratio(found["fp32"]) > 0
 
 
 def test_eval_has_both_precisions(quick, monkeypatch):
     monkeypatch.setattr(benchmark, "has_bf16", lambda device: True)
     found = rows(benchmark.evaluation(quick))
     assert (found["fp32"][3], found["bf16"][3]) == ("1.7", "3.3")
-    assert {f"{name} alone" for name in ("pool first", "SDPA", "channels_last", "folded", "bf16")} <= set(found)
+    assert {
+        f"{optimization} alone" for optimization in ("pool first", "SDPA", "channels_last", "folded", "bf16")
+    } <= set(found)
     assert all(ratio(cells) > 0 for cells in found.values())
 
 

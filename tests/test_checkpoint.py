@@ -207,7 +207,7 @@ def test_a_flipped_bit_of_a_weight_is_found_though_pytorch_does_not_look(tmp_pat
     whole = path.read_bytes()
     place = whole.index(content["model"]["body.weight"].numpy().tobytes())
     path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-    assert not same(torch.load(path, weights_only=False), content)
+    assert not same(torch.load(path, weights_only=True), content)
     with pytest.raises(ValueError, match=r"Cannot read the checkpoint .*checkpoint\.pth, it is damaged .*checksum"):
         checkpoint.read(path)
 

@@ -14,6 +14,7 @@ import torch
 from semi_main import main
 from tests.equality import same
 from tests.trees import ROOT, SMALL, forked, make_tree, parse, ranks, semi_main
+from training import checkpoint
 from utils import is_ours
 
 RUN = [*SMALL, "--batch-size", "6", "--mu", "0.34", "--threshold", "0.3", "--warmup-epochs", "0",
@@ -123,7 +124,7 @@ def test_a_stopped_run_resumes_and_ends_as_one_never_stopped(two_ranks, tmp_path
     semi_main(*words, "--epochs", "3", "--output_dir", whole, processes=2)
     semi_main(*words, "--epochs", "3", "--output_dir", part, "--resume", part / "checkpoint.pth", processes=2)
     assert log(whole) == log(part) and len(log(part)) == 3
-    one, other = (torch.load(folder / "checkpoint.pth", weights_only=False) for folder in (whole, part))
+    one, other = (checkpoint.read(folder / "checkpoint.pth") for folder in (whole, part))
     assert all(same(one[key], other[key]) for key in one if key != "args") and list(one) == list(other)
 
 
@@ -131,7 +132,7 @@ def test_eval_needs_val_and_the_checkpoint_alone_and_a_published_file_does(two_r
     out, _, _ = two_ranks
     (tmp_path / "data").mkdir()
     (tmp_path / "data/val").symlink_to(tree / "val")
-    content = torch.load(out / "checkpoint.pth", weights_only=False)
+    content = checkpoint.read(out / "checkpoint.pth")
     del content["scaler"], content["best"]
     content["classes"] = ["class0", "dog", "class2"]  # a warning, not an error: the authors' file has no names
     torch.save(content, tmp_path / "semiformer.pth")
@@ -175,7 +176,7 @@ def test_two_gloo_ranks_share_the_images_out(data, tmp_path, exclude):
 def test_ddp_survives_a_removed_fusion(data, tmp_path):
     words = [*data, "--remove-fcu", "--epochs", "1", "--steps-per-epoch", "3"]
     semi_main(*words, "--output_dir", tmp_path, processes=2)
-    fused = torch.load(tmp_path / "checkpoint.pth", weights_only=False)["model"]
+    fused = checkpoint.read(tmp_path / "checkpoint.pth")["model"]
     assert any("squeeze_block" in key for key in fused) and len(log(tmp_path)) == 1
 
 

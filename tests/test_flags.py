@@ -25,7 +25,7 @@ from images.decoding import UnreadableImage
 from losses import Recipe, consistency, objective
 from pseudo_labels import select_targets
 from tests.trees import make_cifar, make_fashion, make_inat, make_places, make_semi_inat, parse
-from training import optimization
+from training import checkpoint, optimization
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NO_EFFECT = ("--opt-level", "--cross-attn", "--cnn2trans", "--trans2cnn", "--resplit")
@@ -192,7 +192,7 @@ def files(args):
 def in_checkpoint(key):
     def probe(args):
         main(args)
-        return key in torch.load(Path(args.output_dir, "checkpoint.pth"), weights_only=False)
+        return key in checkpoint.read(Path(args.output_dir, "checkpoint.pth"))
 
     return probe
 
@@ -699,6 +699,14 @@ FLAGS = {
     ),
     "--repeated-aug": Row("order", None, "", triples, (False, True), TINY + " --no-repeated-aug"),
     "--no-repeated-aug": Row("order", None, "", triples, (True, False), TINY),
+    "--hflip": Row("transform", "0.5", "0", transform("RandomHorizontalFlip", lambda t: t.p), (0.5, None)),
+    "--scale": Row(
+        "transform",
+        None,
+        "0.7 1",
+        transform("RandomResizedCropAndInterpolation", lambda t: t.scale),
+        ((0.08, 1.0), (0.7, 1.0)),
+    ),
     "--reprob": Row("transform", "0.25", "0", transform("RandomErasing", lambda t: t.probability), (0.25, None)),
     "--remode": Row("transform", "pixel", "const", transform("RandomErasing", lambda t: t.mode), ("pixel", "const")),
     "--recount": Row("transform", "1", "3", transform("RandomErasing", lambda t: t.max_count), (1, 3)),

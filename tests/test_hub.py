@@ -10,6 +10,7 @@ import torch
 import hubconf
 from models import NAMES, build_model
 from tests.trees import ROOT
+from training import checkpoint
 
 NAME = "Semiformer_micro_patch16"
 
@@ -37,7 +38,7 @@ def test_a_file_decides_on_weights_classes_and_input(file):
     model = load(pretrained=str(file))
     assert not model.training and model.pretrained_cfg["label_names"] == ("a", "b", "c")
     assert model.pretrained_cfg["input_size"] == (3, 32, 32)
-    own = torch.load(file, weights_only=False)["model"]
+    own = checkpoint.read(file)["model"]
     assert all(torch.equal(value, own[key]) for key, value in model.state_dict().items())
     other = load(pretrained=str(file), num_classes=7)
     assert [tuple(x.shape) for x in other(torch.zeros(1, 3, 32, 32))] == [(1, 7)] * 2

@@ -11,6 +11,7 @@ from datasets import build_validation_set
 from engine import evaluate
 from models import build_model, fold_batchnorm, pretrained
 from tests.trees import ROOT, SMALL, broken_images, draw, forked, make_fashion, make_tree, parse
+from training import checkpoint
 from training.optimization import mixed_precision
 
 NAMES = ["class0", "class1", "class2"]
@@ -45,7 +46,7 @@ def test_predictions_are_those_that_evaluation_counts(tree, file, capsys, ema):
     assert predict.main([str(tree / "val"), "--checkpoint", str(file), "--batch-size", "4", *words]) == 0
     found = rows(capsys.readouterr().out)
     best = [row for row in found if row["rank"] == "1"]
-    views = build_validation_set(torch.load(file, weights_only=False)["args"])
+    views = build_validation_set(checkpoint.read(file)["args"])
     assert [row["path"] for row in best] == [f"{tree}/val/{views.samples.source.path(i)}" for i in range(15)]
     ours = torch.tensor([NAMES.index(row["class"]) for row in best])
     truth = torch.tensor([NAMES.index(row["path"].split("/")[-2]) for row in best])
@@ -87,7 +88,7 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_are_predicted(tree
 
 
 def test_without_names_classes_are_numbers_or_those_of_a_file(tree, file, tmp_path, capsys):
-    torch.save(torch.load(file, weights_only=False)["model"], tmp_path / "bare.pth")
+    torch.save(checkpoint.read(file)["model"], tmp_path / "bare.pth")
     words = [str(tree / "val/class0"), "--checkpoint", str(tmp_path / "bare.pth"), "--top", "1"]
     words += ["--model", "Semiformer_micro_patch16", "--input-size", "48"]
     predict.main(words)
@@ -135,11 +136,11 @@ def test_bad_input_is_one_sentence(tree, file, words, message):
 @pytest.mark.parametrize("change, words, message", [
     (lambda c: c["model"], {}, "a.pth does not say which network it is of: name it with --model"),
     (lambda c: c["model"], {"name": "Semifomer_x"}, "Unknown --model 'Semifomer_x'"),
-    (lambda c: c["model"], {"name": "resnet18"}, "a.pth is of another network than resnet18, for it has no fc.weight"),
+    (lambda c: c["model"], {"name": "resnet18"}, "of another network than resnet18, because it has no fc.weight"),
     (lambda c: {"model": c["model"], "args": c["args"]}, {"ema": True}, "a.pth holds no averaged weights"),
 ])  # fmt: skip
 def test_a_file_that_does_not_tell_is_named(file, tmp_path, change, words, message):
-    torch.save(change(torch.load(file, weights_only=False)), tmp_path / "a.pth")
+    torch.save(change(checkpoint.read(file)), tmp_path / "a.pth")
     with pytest.raises(ValueError, match=message):
         pretrained.load(tmp_path / "a.pth", **words)
 

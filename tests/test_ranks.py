@@ -13,10 +13,10 @@ FAULTY = f"""
 import os, runpy, signal, sys
 from training import checkpoint
 import datasets
-fault, rank, load = os.environ["FAULT"], os.environ.get("RANK", "1"), datasets.MultiViewDataset.__getitem__
+fault, rank, load = os.environ["FAULT"], os.environ.get("RANK", "1"), datasets.MultiViewDataset.load
 
 def faulty(self, i):
-    item = load(self, i)
+    item, unreadable = load(self, i)
     if len(self.transforms) == 2 and rank == "1":
         if fault == "raise":
             raise LookupError("this image is unreadable")
@@ -24,12 +24,12 @@ def faulty(self, i):
             os.kill(os.getpid(), signal.SIGKILL)
         if fault == "nan":
             item[0].fill_(float("nan"))
-    return item
+    return item, unreadable
 
 def full(content, path, previous=None):
     raise OSError(f"Cannot write {{path}} (No space left on device)")
 
-datasets.MultiViewDataset.__getitem__ = faulty
+datasets.MultiViewDataset.load = faulty
 if fault == "save":
     checkpoint.save = full
 sys.argv[0] = {str(ROOT / "semi_main.py")!r}

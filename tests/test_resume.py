@@ -14,7 +14,7 @@ import utils
 from tests.equality import same
 from tests.proofs import prove_resume
 from tests.trees import FORKSERVER, ROOT, SMALL, parse
-from training import output_folder
+from training import checkpoint, output_folder
 
 FILES = ("checkpoint.pth", "best.pth", "epoch_0_checkpoint.pth")
 
@@ -44,7 +44,7 @@ def whole(words, tmp_path_factory):
 
 def assert_same_checkpoint(path, expected):
     """Two files hold the same checkpoint to the bit, but for the flags of the run."""
-    one, other = (torch.load(each, weights_only=False) for each in (path, expected))
+    one, other = (checkpoint.read(each) for each in (path, expected))
     del one["args"], other["args"]
     assert same(one, other), path
 
@@ -132,7 +132,7 @@ def test_auto_names_the_damaged_file_and_takes_the_older_one(words, whole, tmp_p
 
 def test_auto_takes_the_latest_epoch_of_what_is_left(whole, tmp_path):
     epochs = {"checkpoint.prev.pth": 4, "best.pth": 5, "epoch_3_checkpoint.pth": 3}
-    state = torch.load(whole / "checkpoint.pth", weights_only=False)
+    state = checkpoint.read(whole / "checkpoint.pth")
     for name, epoch in epochs.items():
         torch.save({**state, "epoch": epoch}, tmp_path / name)
     assert output_folder.newest(tmp_path) == str(tmp_path / "best.pth")

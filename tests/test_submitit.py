@@ -23,6 +23,7 @@ from images import loading
 from run_with_submitit import Task, get_args_parser, job_flags
 from tests.equality import same
 from tests.trees import ROOT, SMALL, forked, python_calls, semi_main
+from training import checkpoint
 
 PUBLISHED = json.loads((ROOT / "tests/data/flags.json").read_text())["run_with_submitit"]
 PLAIN = ["--mixup", "0", "--cutmix", "0", "--mu", "0.5"]
@@ -437,7 +438,7 @@ def test_an_interrupted_local_job_ends_as_one_never_interrupted(data, tmp_path):
     assert "this job is preempted" in errors and errors.count("learning rate:") == 2
     assert json.loads((folder / "run.json").read_text())["args"]["resume"] == "auto"
     assert lines(folder / "log.txt") == lines(tmp_path / "whole/log.txt") and len(lines(folder / "log.txt")) == 3
-    whole, ours = (torch.load(f / "checkpoint.pth", weights_only=False) for f in (tmp_path / "whole", folder))
+    whole, ours = (checkpoint.read(f / "checkpoint.pth") for f in (tmp_path / "whole", folder))
     assert list(ours) == list(whole) and ours["epoch"] == 2
     assert all(same(ours[key], whole[key]) for key in ours if key != "args")
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from timm.data import auto_augment as timm_augment
 from timm.data import create_transform
 
+import datasets
 from datasets import DATA_SETS
 from images import transforms
 from images.randaugment import rand_augment
@@ -24,6 +25,7 @@ from images.transforms import (
     train_view,
     weak_view,
 )
+from options import get_args_parser
 from utils import seed_everything
 
 torch.set_num_threads(1)
@@ -412,3 +414,54 @@ def test_views_can_be_sent_to_workers_that_are_not_forked(size):
         here = view(image)
         torch.manual_seed(0), random.seed(0), np.random.seed(0)
         assert torch.equal(pickle.loads(pickle.dumps(view))(image), here)
+
+
+# -------------------------------------------------------------------------------- --hflip and --scale
+
+
+def views_of(data_set, backend, *words):
+    """{name: view} of the flags, erasing and colours off, each PIL.Image -> (3, S, S)."""
+    given = ["--data-set", data_set, "--data-backend", backend, "--input-size", "48", "--aa", "", "--reprob", "0"]
+    labelled, strong, weak = datasets._views(get_args_parser().parse_args([*given, "--color-jitter", "0", *words]))
+    named = {"labelled": labelled, "strong": strong, "weak": weak}
+    if backend == "pil":
+        return named
+    return {n: lambda image, v=v: v(torch.from_numpy(np.array(image)).permute(2, 0, 1)) for n, v in named.items()}
+
+
+@pytest.mark.parametrize("data_set, backend", [("SEMI-IMNET", "pil"), ("SEMI-IMNET", "fast"), ("CIFAR10", "pil")])
+@pytest.mark.parametrize("hflip, flipped", [("0", 0), ("1", 1), ("0.5", 0.5)])
+def test_hflip_is_the_share_of_flipped_images_in_every_training_view(data_set, backend, hflip, flipped, monkeypatch):
+    monkeypatch.setattr(transforms, "rand_augment", lambda image: image)  # whose operations are drawn without flips
+    scale = ["--scale", "0.9", "1"] if data_set == "SEMI-IMNET" else []
+    bright_left = Image.fromarray(np.repeat(np.linspace(255, 0, 60, dtype=np.uint8)[None, :, None], 60, 0).repeat(3, 2))
+    seed_everything(0)
+    for name, view in views_of(data_set, backend, "--hflip", hflip, *scale).items():
+        seen = [view(bright_left).float() for _ in range(60)]
+        share = np.mean([(image[..., 24:].mean() > image[..., :24].mean()).item() for image in seen])
+        assert share == pytest.approx(flipped, abs=0.2 if flipped == 0.5 else 0), name
+
+
+@pytest.mark.parametrize("backend", ["pil", "fast"])
+@pytest.mark.parametrize("low, high", [(0.08, 0.2), (0.7, 1.0), (0.5, 0.5)])
+def test_scale_is_the_share_of_the_area_that_the_labelled_and_strong_crop_takes(backend, low, high):
+    y, x = np.mgrid[0:200, 0:200].astype(np.uint8)  # a pixel's colour is its place
+    image = Image.fromarray(np.stack([x, y, x], -1))
+    views = views_of("SEMI-IMNET", backend, "--scale", str(low), str(high), "--hflip", "0")
+    std = np.array(STD).reshape(3, 1, 1) * 255 if backend == "pil" else 1
+    seed_everything(0)
+    for name in ("labelled", "strong"):
+        for _ in range(30):
+            seen = views[name](image).float().numpy() * std
+            # The centres of the first and last of 48 pixels are 47/48 of the crop's side apart.
+            width, height = ((seen[c].max() - seen[c].min()) * 48 / 47 / 200 for c in (0, 1))
+            assert low - 0.04 <= width * height <= high + 0.04, name
+    weak = views["weak"](image).float().numpy() * std
+    assert (weak[0].max() - weak[0].min()) / 200 > 0.7  # the weak crop is a few pixels smaller than the image
+
+
+@pytest.mark.parametrize("name", COLOURS)
+def test_scale_means_nothing_where_no_view_has_such_a_crop(name, tmp_path):
+    args = get_args_parser().parse_args(["--data-set", name, "--data-path", str(tmp_path), "--scale", "0.5", "1"])
+    with pytest.raises(ValueError, match=rf"--scale \[0.5, 1.0\] means nothing to --data-set {name}: leave it out"):
+        datasets.build_training_sets(args, True)
