@@ -29,7 +29,7 @@ def test_published_and_ours_compute_the_same(quick):
     assert len(figures) == 5 and 0 < max(figures) < 1e-8
 
 
-def test_the_published_formulation_has_every_lever_off_and_our_state_dict(quick):
+def test_the_published_formulation_has_no_optimization_and_our_state_dict(quick):
     ours = variants.network(quick)
     theirs = published.as_published(ours)
     replaced = {kind for parts in published.PARTS.values() for kind in parts}
@@ -44,7 +44,7 @@ def test_the_published_formulation_has_every_lever_off_and_our_state_dict(quick)
 
 
 @pytest.mark.parametrize("optimization", [*published.PARTS, "channels_last"])
-def test_a_lever_alone_is_that_lever(quick, optimization):
+def test_one_optimization_alone_is_that_one(quick, optimization):
     model = published.as_published(variants.network(quick), (optimization,))
     kinds = {type(module) for module in model.modules()}
     for name, parts in published.PARTS.items():

@@ -115,9 +115,10 @@ def small_disk(tmp_path):
 
 
 def assert_refused(path, previous, reason):
-    with pytest.raises(OSError, match=rf"Cannot write .*{path.name} \({reason}\): make room there, or choose ") as said:
+    message = rf"Cannot write .*{path.name} \({reason}\): make room there, or choose "
+    with pytest.raises(OSError, match=message) as caught:
         checkpoint.save({"epoch": 9, "tensor": torch.randn(200_000)}, path, previous)
-    assert "\n" not in str(said.value)
+    assert "\n" not in str(caught.value)
     assert (checkpoint.read(path)["epoch"], checkpoint.read(previous)["epoch"]) == (1, 0)
 
 
@@ -161,8 +162,8 @@ def test_a_bare_state_dict_gives_weights_alone_and_says_so(tmp_path, capsys):
     torch.save(state.model.state_dict(), tmp_path / "bare.pth")
     other.from_dict(checkpoint.read(tmp_path / "bare.pth"), "bare.pth")
     assert equal(other.model, state.model) and equal(other.ema.module, state.model) and other.epoch == -1
-    said = capsys.readouterr().out
-    assert "bare.pth holds no model_ema" in said and "bare.pth lacks optimizer, lr_scheduler, epoch" in said
+    printed = capsys.readouterr().out
+    assert "bare.pth holds no model_ema" in printed and "bare.pth lacks optimizer, lr_scheduler, epoch" in printed
 
 
 class Hostile:
@@ -193,9 +194,9 @@ def test_a_damaged_file_is_named(tmp_path, damage):
     whole = path.read_bytes()
     kinds = {"truncated": whole[:1000], "cut by a byte": whole[:-1], "empty": b"", "text": b"not a checkpoint\n"}
     path.write_bytes(kinds[damage])
-    with pytest.raises((ValueError, OSError), match=r"checkpoint\.pth") as said:
+    with pytest.raises((ValueError, OSError), match=r"checkpoint\.pth") as caught:
         checkpoint.read(path)
-    assert "\n" not in str(said.value)
+    assert "\n" not in str(caught.value)
     with pytest.raises(FileNotFoundError, match="There is no checkpoint .*none.pth"):
         checkpoint.read(tmp_path / "none.pth")
 
@@ -238,9 +239,9 @@ def test_a_safetensors_file_holds_weights_names_and_flags_or_is_named(tmp_path):
     assert (content["classes"], content["epoch"], content["args"]) == (["cat"], 3, argparse.Namespace(lr=0.1))
     for damaged in (path.read_bytes()[:-1], b"", b"x" * 100):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"Cannot read .*model\.safetensors, it is damaged or no saf") as said:
+        with pytest.raises(ValueError, match=r"Cannot read .*model\.safetensors, it is damaged or no saf") as caught:
             checkpoint.read(path)
-        assert "\n" not in str(said.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_other_networks_and_class_counts_are_named():

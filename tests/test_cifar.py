@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from images import cifar as room
+from images import cifar as cifar_files
 from images.cifar import cifar
 from tests.trees import make_cifar, python2
 
@@ -25,7 +25,7 @@ def offline(monkeypatch):
     def download(url, *_, **__):
         raise OSError("no network")
 
-    monkeypatch.setattr(room, "download_and_extract_archive", download)
+    monkeypatch.setattr(cifar_files, "download_and_extract_archive", download)
 
 
 def pixels_of(samples):
@@ -136,7 +136,7 @@ def test_other_ways_to_a_name_are_closed(tmp_path, content):
 def test_no_codec_but_latin1(tmp_path):
     for encoding, right in (("latin1", True), ("rot13", False), ("punycode", False), ("zlib_codec", False)):
         content = b"c_codecs\nencode\n(Vab\nS'" + encoding.encode() + b"'\ntR."
-        reader = room._ArraysOnly(io.BytesIO(content), encoding="latin1")
+        reader = cifar_files._ArraysOnly(io.BytesIO(content), encoding="latin1")
         if right:
             assert reader.load() == b"ab"
         else:
@@ -194,7 +194,7 @@ def test_a_missing_folder_is_downloaded(tmp_path, name, monkeypatch):
         make_cifar(folder, name)
         Path(folder, filename).write_text("archive")
 
-    monkeypatch.setattr(room, "download_and_extract_archive", download)
+    monkeypatch.setattr(cifar_files, "download_and_extract_archive", download)
     assert len(cifar(tmp_path, name, "train")) == 20 and len(cifar(tmp_path, name, "val")) == 4
     archive = "cifar-10-python.tar.gz" if name == "CIFAR10" else "cifar-100-python.tar.gz"
     assert asked == [(archive, archive, 32)]  # once, with a checksum
@@ -206,6 +206,6 @@ def test_another_process_was_faster(tmp_path, monkeypatch):
         make_cifar(folder, "CIFAR10")
         make_cifar(tmp_path, "CIFAR10", test=7)
 
-    monkeypatch.setattr(room, "download_and_extract_archive", download)
+    monkeypatch.setattr(cifar_files, "download_and_extract_archive", download)
     assert len(cifar(tmp_path, "CIFAR10", "val")) == 7
     assert [path.name for path in tmp_path.iterdir()] == [FOLDER["CIFAR10"]]

@@ -13,7 +13,7 @@ from tests.trees import ROOT
 
 
 def make_run(folder, records, amp="off", **flags):
-    """A run folder with these log records, one of two epochs unless told, and these flags; returns it."""
+    """A run folder with these log records, by default one of two epochs, and these flags; returns it."""
     folder.mkdir(parents=True)
     flags = {"epochs": 2, "seed": 0, "lr": 0.001, "amp": None, "output_dir": str(folder), "num_workers": 1, **flags}
     (folder / "run.json").write_text(json.dumps({"args": flags, "world_size": 1, "amp": amp}, indent=2))

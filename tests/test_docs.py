@@ -218,7 +218,7 @@ def test_every_tool_answers_help(path, parser_of):
 
 
 def templates():
-    """A pattern for every text of the rooms and tools that has 15 fixed characters or more."""
+    """A pattern for every text of the modules and tools that has 15 fixed characters or more."""
     found = set()
     for tree in TREES.values():
         for node in ast.walk(tree):

@@ -1,4 +1,4 @@
-"""The program on one rank and on several: train, stop, resume, evaluate, and bad input."""
+"""semi_main.py on one rank and on several: it trains, resumes, evaluates, and names bad input."""
 
 import csv
 import json
@@ -90,10 +90,11 @@ def test_two_ranks_train_two_epochs_and_leave_what_a_user_needs(two_ranks):
     }
     assert set(second) == published | diagnostics | tests | {"epoch"}
     assert 0 < second["train_mask_rate"] <= 1
-    said = done.stdout
-    assert "supervised: 6 + 0 images a process and step, 12 in all on 2 process(es); 2 steps an epoch" in said
-    assert "semi-supervised: 2 + 4 images a process and step, 12 in all on 2 process(es); 6 steps an epoch" in said
-    assert "learning rate: 0.0005 in epoch 0, 0.0005 in epoch 1" in said and "eta:" in said and "parameters" in said
+    printed = done.stdout
+    assert "supervised: 6 + 0 images a process and step, 12 in all on 2 process(es); 2 steps an epoch" in printed
+    assert "semi-supervised: 2 + 4 images a process and step, 12 in all on 2 process(es); 6 steps an epoch" in printed
+    assert "learning rate: 0.0005 in epoch 0, 0.0005 in epoch 1" in printed
+    assert "eta:" in printed and "parameters" in printed
     record = json.loads((out / "run.json").read_text())
     assert record["args"]["mu"] == 0.34 and record["environment"]["torch"] == torch.__version__
     assert record["phases"]["semi-supervised"]["steps_per_epoch"] == 6
@@ -139,8 +140,8 @@ def test_eval_needs_val_and_the_checkpoint_alone_and_a_published_file_does(two_r
     run_main(*words, "--data-path", tmp_path / "data", "--data-split-file", "nowhere.txt", "--output_dir", tmp_path)
     result = json.loads((tmp_path / "eval.json").read_text())
     assert result["acc1"] == pytest.approx(log(out)[-1]["test_acc1"]) and "ema" in result
-    said = capsys.readouterr().out
-    assert f"raw top-1 {result['acc1']:.3f}" in said and "whose class 1 is 'dog' there and 'class1' here" in said
+    printed = capsys.readouterr().out
+    assert f"raw top-1 {result['acc1']:.3f}" in printed and "whose class 1 is 'dog' there and 'class1' here" in printed
 
 
 @pytest.mark.parametrize(

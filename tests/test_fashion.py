@@ -1,4 +1,4 @@
-"""Fashion-MNIST's idx files: what is read of them, and what is said when they are not right."""
+"""Fashion-MNIST's idx files: what is read, and the errors of files that are not right."""
 
 import gzip
 import hashlib

@@ -1,4 +1,4 @@
-"""What every flag changes, shown: a row a flag, two command lines that differ in it alone, two results."""
+"""What every flag changes: for each, two command lines that differ in this flag alone, and their two results."""
 
 import io
 import json
@@ -497,7 +497,7 @@ def joined(world=1):
 class Row:
     """`given` + flag + `a` and `given` + flag + `b` differ in probe(args); None: without the flag.
 
-    `expect` holds both results where they can be said beforehand. A list is taken as it is, a string split.
+    `expect` holds both results where they are known beforehand. A list is taken as it is, a string split.
     """
 
     what: str  # one of KINDS

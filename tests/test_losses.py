@@ -192,7 +192,7 @@ def test_two_streams_are_halved_and_weighted():
     assert close(loss, 0.3 * conv / 2 + 0.8 * trans / 2 + 4 * (0.5 * conv_u / 2 + 0.25 * trans_u / 2))
 
 
-def test_parts_carry_no_graph_and_no_sure_image_no_gradient():
+def test_parts_carry_no_graph_and_no_confident_image_no_gradient():
     logits = noise(4, 5).requires_grad_()
     strong = noise(6, 5).requires_grad_()
     loss, parts = objective(

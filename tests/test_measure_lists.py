@@ -1,4 +1,4 @@
-"""Lists of images are compact: bytes an entry, and benchmarks/measure_lists.py on a short list."""
+"""The memory that lists of images take: bytes per entry, and benchmarks/measure_lists.py on a short list."""
 
 import re
 

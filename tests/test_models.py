@@ -227,7 +227,7 @@ def test_a_size_that_does_not_divide_is_named():
     [("Semiformer_micro_patch16", 0), ("Conformer_tiny_patch16", 0), ("conv_micro", 1), ("deit_tiny_patch16_224", 0)],
 )
 def test_folded_batchnorms_are_the_same_function_on_a_copy(name, left):
-    """conv_micro keeps that of its stem."""
+    """conv_micro keeps the BatchNorm of its stem, which cannot be folded."""
     model = fill(build_model(name, 10, 64), 7).train()
     batch = images(107, size=64)
     model(batch)  # running statistics that are not 0 and 1

@@ -79,9 +79,9 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_are_predicted(tree
     draw(tmp_path / "a.png"), draw(tmp_path / "z.png", mode="L")
     missing = str(tmp_path / "none.jpg")
     assert predict.main([missing, str(tmp_path), "--checkpoint", str(file), "--batch-size", "3"]) == 1
-    said = capsys.readouterr()
-    assert [row["path"] for row in rows(said.out)][::3] == [f"{tmp_path}/a.png", f"{tmp_path}/z.png"]
-    lines = said.err.splitlines()
+    printed = capsys.readouterr()
+    assert [row["path"] for row in rows(printed.out)][::3] == [f"{tmp_path}/a.png", f"{tmp_path}/z.png"]
+    lines = printed.err.splitlines()
     named = [name for name in broken if not name.startswith("folder")]  # a folder is gone into
     assert len(lines) == len(named) + 1 and f"Cannot read the image {missing}: No such file" in lines[0]
     assert all(any(f"{tmp_path}/{name}: " in line for line in lines) for name in named)
@@ -92,14 +92,14 @@ def test_without_names_classes_are_numbers_or_those_of_a_file(tree, file, tmp_pa
     words = [str(tree / "val/class0"), "--checkpoint", str(tmp_path / "bare.pth"), "--top", "1"]
     words += ["--model", "Semiformer_micro_patch16", "--input-size", "48"]
     predict.main(words)
-    said = capsys.readouterr()
-    assert "bare.pth has no class names, so classes are numbers" in said.err
-    numbers = [row["class"] for row in rows(said.out)]
+    printed = capsys.readouterr()
+    assert "bare.pth has no class names, so classes are numbers" in printed.err
+    numbers = [row["class"] for row in rows(printed.out)]
     (tmp_path / "names.txt").write_text("\ufeffgrüne Äpfel\nb, c\n\nd\n", encoding="utf-8")
     predict.main([*words, "--classes", str(tmp_path / "names.txt")])
-    said = capsys.readouterr()
-    assert [row["class"] for row in rows(said.out)] == [["grüne Äpfel", "b, c", "d"][int(n)] for n in numbers]
-    assert said.err == ""
+    printed = capsys.readouterr()
+    assert [row["class"] for row in rows(printed.out)] == [["grüne Äpfel", "b, c", "d"][int(n)] for n in numbers]
+    assert printed.err == ""
 
 
 @pytest.mark.parametrize("data_set", ["SEMI-IMNET", "FASHION"])
@@ -128,9 +128,9 @@ def test_the_view_and_its_description_are_evaluations(tree, tmp_path, data_set):
     (["--output", "nowhere/p.csv"], "Cannot write nowhere/p.csv .* or choose another --output"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence(tree, file, words, message):
-    with pytest.raises((ValueError, OSError), match=message) as said:
+    with pytest.raises((ValueError, OSError), match=message) as caught:
         predict.main([str(tree / "val/class0/c0_0.png"), "--checkpoint", str(file), *words])
-    assert "\n" not in str(said.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("change, words, message", [

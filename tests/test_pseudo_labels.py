@@ -87,7 +87,7 @@ def slow_image(policy, conv_logits, trans_logits, threshold, temperature):
 
 
 def edges():
-    """(conv, trans), (n, C) float64: ties between and within streams; both, one, none sure; 0.5, 1 met."""
+    """(conv, trans), (n, C) float64: ties between and within streams; both, one, none confident; 0.5, 1 met."""
 
     def row(*peaks, floor=-1000.0):
         logits = torch.full((C,), floor, dtype=torch.float64)
@@ -113,7 +113,7 @@ def edges():
 
 
 def scattered(seed=0, n=300):
-    """(conv, trans), (n, C) float64: every mixture of sure, unsure, agreeing and differing occurs."""
+    """(conv, trans), (n, C) float64: every mixture of confident, unconfident, agreeing and differing occurs."""
     rng = torch.Generator().manual_seed(seed)
     conv, trans, common = (torch.randn(n, C, generator=rng, dtype=torch.float64) for _ in range(3))
     scale = 4 * torch.rand(n, 1, generator=rng, dtype=torch.float64)
@@ -133,7 +133,7 @@ def test_the_edges_are_what_they_claim():
 def test_policy_equals_slow_version(policy, dtype):
     for conv, trans in (edges(), scattered()):
         conv, trans = conv.to(dtype), trans.to(dtype)
-        # 0 makes all sure, 1.01 none, 1 and 0.5 are met exactly by edges, the last by one random image.
+        # 0 makes all confident, 1.01 none, 1 and 0.5 are met exactly by edges, the last by one random image.
         met = conv.softmax(-1).max(-1).values[0].item()
         for threshold in (0.0, 0.3, 0.5, 0.7, 1.0, 1.01, met):
             for temperature in (0.5, 1.0, 2.0):

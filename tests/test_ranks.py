@@ -19,7 +19,7 @@ def faulty(self, i):
     item, unreadable = load(self, i)
     if len(self.transforms) == 2 and rank == "1":
         if fault == "raise":
-            raise LookupError("this image is cursed")
+            raise LookupError("this image is unreadable")
         if fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if fault == "nan":
@@ -55,7 +55,7 @@ def start(*command, **env):
 def two_ranks(fault, words, tmp_path, whole=False):
     """(exit status, stderr) of rank 0 and of rank 1, started without a launcher that would stop the other one.
 
-    whole: as processes of their own, whose end is Python's.
+    whole: as processes of their own, which end as Python ends.
     """
     words = [*words, "--output_dir", tmp_path / "out", "--dist_url", f"file://{tmp_path}/meeting"]
     environments = [{**env, "FAULT": fault} for env in ranks(2)]
@@ -67,14 +67,14 @@ def two_ranks(fault, words, tmp_path, whole=False):
 
 
 @pytest.mark.parametrize("fault", ["raise", "kill"])
-def test_the_other_rank_ends_too_and_says_in_a_line_why(words, tmp_path, fault):
+def test_the_other_rank_ends_too_and_prints_why_in_one_line(words, tmp_path, fault):
     (status, peer), (culprits, culprit) = two_ranks(fault, words, tmp_path, whole=fault == "raise")
     assert status == 1 and culprits == {"raise": 1, "kill": -9}[fault]
     (line,) = [line for line in peer.splitlines() if line.startswith("[rank0]: ")]
     assert line.startswith("[rank0]: semi_main.py: stopped, because another rank failed: see its error")
     assert "Traceback" not in peer
     if fault == "raise":
-        assert "[rank1]: Traceback" in culprit and culprit.rstrip().endswith("LookupError: this image is cursed")
+        assert "[rank1]: Traceback" in culprit and culprit.rstrip().endswith("LookupError: this image is unreadable")
 
 
 def test_a_loss_that_is_not_finite_stops_both_and_names_the_rank_and_its_images(words, tmp_path):
@@ -92,7 +92,7 @@ def test_what_rank_0_cannot_write_stops_both_with_its_sentence(words, tmp_path):
         assert f"[rank{rank}]: " in printed and "out/best.pth (No space left on device)" in printed
 
 
-@pytest.mark.parametrize("fault, message", [("raise", "LookupError: this image is cursed"), ("kill", "SIGKILL")])
+@pytest.mark.parametrize("fault, message", [("raise", "LookupError: this image is unreadable"), ("kill", "SIGKILL")])
 def test_torchrun_ends_with_the_error_of_the_rank_on_top(words, fault, message):
     job = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words, FAULT=fault)
     printed = job.communicate(timeout=120)[1]
@@ -103,5 +103,5 @@ def test_torchrun_ends_with_the_error_of_the_rank_on_top(words, fault, message):
 
 def test_an_error_in_a_worker_of_the_unlabelled_loader_ends_the_run(words):
     (done,) = forked(*words, "--num_workers", "2", environments=[{"FAULT": "raise"}])
-    assert done.returncode == 1 and "this image is cursed" in done.stderr
+    assert done.returncode == 1 and "this image is unreadable" in done.stderr
     assert "in DataLoader worker process" in done.stderr

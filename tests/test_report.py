@@ -75,8 +75,8 @@ def test_the_meters_are_those_of_an_evaluation_without_a_report():
 def test_confidence_at_a_bins_edge_belongs_to_the_bin_below_and_a_perfect_network_has_no_error():
     tally, best = Tally(3, CPU), torch.zeros(3, 1, dtype=torch.int64)
     even = torch.zeros(3, 3)  # confidence 1/3: the fifth of 15 bins
-    sure = torch.tensor([[100.0, 0.0, 0.0]] * 3)  # 1: the last
-    for scores, target in ((even, [0, 1, 2]), (sure, [0, 0, 0])):
+    confident = torch.tensor([[100.0, 0.0, 0.0]] * 3)  # 1: the last
+    for scores, target in ((even, [0, 1, 2]), (confident, [0, 0, 0])):
         tally.add({"": scores}, {"": best}, torch.tensor(target))
     assert {i: n for i, n in enumerate(tally.bins[0].tolist()) if n} == {4: 3, 14: 3}
     assert tally.over_ranks()["ece"] == pytest.approx(0, abs=1e-12)

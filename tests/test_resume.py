@@ -1,4 +1,4 @@
-"""A run that was killed and goes on ends as one that never was: --resume auto, the log, and who wins over whom."""
+"""A killed and resumed run ends as one that was never killed: --resume auto, the log, and which start wins."""
 
 import json
 import os
@@ -50,11 +50,11 @@ def assert_same_checkpoint(path, expected):
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the program catches it."""
+    """Stands for SIGKILL: the program does not catch it."""
 
 
 class Disk:
-    """Counts what is done to the disk, and kills the run in the middle of a chosen operation."""
+    """Records the operations on the disk, and kills the run in the middle of the one with the number `last`."""
 
     def __init__(self, monkeypatch, last=None):
         self.done, self.last = [], last
@@ -99,7 +99,7 @@ def test_a_run_killed_in_any_operation_on_the_disk_ends_as_one_never_killed(word
         except Killed:
             assert len(disk.done) == last + 1
         else:
-            assert len(disk.done) <= last and disk.done.count("append_json_line") == 3  # all of them have been tried
+            assert len(disk.done) <= last and disk.done.count("append_json_line") == 3  # every operation has been tried
     run(given)
     assert (tmp_path / "log.txt").read_bytes() == (whole / "log.txt").read_bytes()
     for name in FILES:
@@ -119,9 +119,9 @@ def test_auto_names_the_damaged_file_and_takes_the_older_one(words, whole, tmp_p
     if damage == "gone":
         os.remove(latest)
     assert output_folder.newest(folder) == str(previous)
-    said = capsys.readouterr().out
-    assert said == "" if damage == "gone" else said.startswith("Warning: Cannot read the checkpoint ")
-    assert damage == "gone" or f"{latest}" in said and f"going on from the older {previous}, of epoch 1." in said
+    printed = capsys.readouterr().out
+    assert printed == "" if damage == "gone" else printed.startswith("Warning: Cannot read the checkpoint ")
+    assert damage == "gone" or f"{latest}" in printed and f"going on from the older {previous}, of epoch 1." in printed
     # ... and the damaged one never becomes checkpoint.prev.pth.
     resumed = run(words, "--epochs", "3", "--output_dir", folder, "--resume", "auto")
     assert resumed.resumed == str(previous) and resumed.state.epoch == 2
@@ -139,7 +139,7 @@ def test_auto_takes_the_latest_epoch_of_what_is_left(whole, tmp_path):
     torch.save({**state, "epoch": 5}, tmp_path / "checkpoint.prev.pth")
     assert output_folder.newest(tmp_path) == str(tmp_path / "checkpoint.prev.pth")
     torch.save({**state, "epoch": 2}, tmp_path / "checkpoint.pth")
-    assert output_folder.newest(tmp_path) == str(tmp_path / "checkpoint.pth")  # written last, it stands for all
+    assert output_folder.newest(tmp_path) == str(tmp_path / "checkpoint.pth")  # it is the newest
 
 
 def test_auto_without_any_complete_checkpoint(words, tmp_path, capsys):
@@ -158,8 +158,8 @@ def test_auto_wins_over_a_start_and_a_start_over_scratch(words, whole, tmp_path,
     shutil.copy(whole / "best.pth", start)
     words = [*words, "--epochs", "1", "--output_dir", tmp_path / "out", "--resume", "auto", "--finetune", start]
     assert run(words).resumed == ""
-    assert "no checkpoint yet" in (said := capsys.readouterr().out) and f"--finetune {start}: " in said
-    os.remove(start)  # Not read again: the checkpoint has what came of it.
+    assert "no checkpoint yet" in (printed := capsys.readouterr().out) and f"--finetune {start}: " in printed
+    os.remove(start)  # not read again, because the checkpoint comes after it
     again = run(words)
     assert again.resumed == str(tmp_path / "out/checkpoint.pth")
     assert "Nothing left to train" in capsys.readouterr().out

@@ -90,8 +90,8 @@ def test_the_sheet(tree, tmp_path, monkeypatch, capsys):
         assert image.size[0] == 249 and image.size[1] > 100
     with pytest.raises(SystemExit):
         main("--help")
-    said = capsys.readouterr().out
-    assert all(flag in said for flag in ("--images N", "--output FILE", "--data-set", "--aa NAME", "--seed"))
+    printed = capsys.readouterr().out
+    assert all(flag in printed for flag in ("--images N", "--output FILE", "--data-set", "--aa NAME", "--seed"))
 
 
 @pytest.mark.parametrize("words, error", [

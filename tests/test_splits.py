@@ -193,7 +193,7 @@ WHOLE, HEAD = b"".join(LINES), b"".join(LINES[:5])
 
 @pytest.fixture
 def served(monkeypatch):
-    """A server of `bodies`, path -> body or (body, its length as told); its address, and what was asked of it."""
+    """A server of `bodies`, path -> body or (body, declared length); its address, and the paths that were requested."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -226,7 +226,7 @@ def served(monkeypatch):
 
 @pytest.fixture
 def lists(monkeypatch):
-    """Small lists in the place of the published ones."""
+    """Small lists instead of the published ones."""
     table = {
         "fixmatch10": fetch_split.Published(10, hashlib.sha256(WHOLE).hexdigest(), "http://nowhere", "ten.txt"),
         "fixmatch5": fetch_split.Published(5, hashlib.sha256(HEAD).hexdigest(), head_of="fixmatch10"),
@@ -255,7 +255,7 @@ def test_lists_are_fetched_once_and_cut(served, lists, tmp_path):
     ("simclr10", b"<html>\n" + NAMES, "'<html>'"), ("simclr10", NAMES[17:] + NAMES[-17:], "twice"),
     ("simclr10", "é".encode() + NAMES, "is not an image name"),
 ])  # fmt: skip
-def test_what_is_not_the_list_is_told_and_not_kept(served, lists, tmp_path, monkeypatch, name, body, reason):
+def test_what_is_not_the_list_is_refused_and_not_kept(served, lists, tmp_path, monkeypatch, name, body, reason):
     bodies, url, _ = served
     monkeypatch.setattr(fetch_split, "TIMEOUT", 1)
     file = "10percent.txt" if name == "simclr10" else "ten.txt"
@@ -296,7 +296,7 @@ def test_fetch_says_so_and_ends_with_status_1(served, tmp_path):
     done = run("fetch_split", "simclr1", tmp_path, "--url", url)
     assert done.returncode == 0 and "12811 lines" in done.stdout and "not known" in done.stdout, done
     with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # bound but not listening: nobody answers here
+        unused.bind(("127.0.0.1", 0))  # bound but not listening, so that connections are refused
         closed = f"http://127.0.0.1:{unused.getsockname()[1]}"
         assert_refused(run("fetch_split", "fixmatch5", tmp_path, "--url", closed), closed, tmp_path / "fixmatch10.txt")
     assert_refused(run("fetch_split", "simclr10", tmp_path, "--url", "no address"), "no address/10percent.txt")

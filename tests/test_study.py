@@ -1,4 +1,4 @@
-"""study/study.py: its runs are semi_main.py's, interrupted ones go on, and its tables are right by hand."""
+"""study/study.py: its command lines, interrupted runs that resume, and tables checked by hand."""
 
 import json
 

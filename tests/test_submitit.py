@@ -38,7 +38,7 @@ def parse(*words):
 
 
 def described(parser):
-    """{flag: what flags.json says of it} of a parser."""
+    """The flags of a parser in the form of flags.json."""
     return {
         action.option_strings[0]: {
             "flags": list(action.option_strings),
@@ -60,7 +60,7 @@ def described(parser):
 def test_eleven_published_flags_join_those_of_semi_main():
     ours, theirs = described(get_args_parser()), described(options.get_args_parser())
     assert {flag: ours.pop(flag) for flag in set(ours) - set(theirs)} == {row["flags"][0]: row for row in PUBLISHED}
-    # The machine that submits may have no GPU: the job's device is not guessed from it.
+    # The default device does not depend on the submitting machine, which may have no GPU.
     assert (ours.pop("--device")["default"], len(PUBLISHED)) == ("cuda", 11)
     assert ours == {flag: row for flag, row in theirs.items() if flag != "--device"}
 
@@ -100,7 +100,7 @@ sys.exit(max(abs(task.wait()) for task in tasks))
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """A folder with a Slurm that accepts job 4711 and leaves the running of it to the test."""
+    """A folder with Slurm commands that accept job 4711, and with an srun that the test may call."""
     tools = {"sbatch": "#!/bin/sh\necho Submitted batch job 4711\n", "scontrol": "#!/bin/sh\necho 127.0.0.1\n"}
     for name, text in {**tools, "srun": SRUN}.items():
         tool = tmp_path / "bin" / name
@@ -130,7 +130,7 @@ def test_what_slurm_is_asked_for(slurm, capsys, words, changed):
     run_with_submitit.main(parse(*PLAIN, *words))
     folder = slurm / "output/jobs/4711"
     log = folder / "4711_0_log"
-    said = f"Job 4711, folder {folder}\nLog files: {log}.out, {log}.err\n"
+    expected_output = f"Job 4711, folder {folder}\nLog files: {log}.out, {log}.err\n"
     expected = {
         "job-name": "semiformer",
         "nodes": "1",
@@ -144,7 +144,7 @@ def test_what_slurm_is_asked_for(slurm, capsys, words, changed):
         "partition": "learnfair",
     } | changed
     got = asked(folder)
-    assert capsys.readouterr().out == said
+    assert capsys.readouterr().out == expected_output
     assert {key: got.get(key) for key in expected} == expected
     assert ("constraint" in got, "comment" in got) == ("constraint" in changed, "comment" in changed)
     assert " --kill-on-bad-exit=1 " in (folder / "4711_submission.sh").read_text()
@@ -184,7 +184,7 @@ def test_an_earlier_jobs_checkpoint_is_found_in_its_folder(tmp_path):
 def test_a_requeued_job_goes_on_from_what_it_saved_and_keeps_the_rest(tmp_path, monkeypatch, saved):
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    # A fork of an earlier job: once there is a checkpoint of its own, that one counts.
+    # The job began from a checkpoint of an earlier one; as soon as it has one of its own, it resumes from that.
     start = tmp_path / "17/epoch_29_checkpoint.pth"
     (tmp_path / "4711").mkdir()
     start.parent.mkdir()
@@ -203,7 +203,7 @@ def test_a_requeued_job_goes_on_from_what_it_saved_and_keeps_the_rest(tmp_path, 
 
 @pytest.fixture
 def in_a_task(tmp_path, monkeypatch):
-    """The test calls tasks of job 4711 in its own process, signals and all; where their files are."""
+    """The folder of job 4711, whose tasks the test calls in its own process; restores the signal handlers."""
     for name, value in {"EXECUTOR": "slurm", "FOLDER": str(tmp_path)}.items():
         monkeypatch.setenv(f"SUBMITIT_{name}", value)
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
@@ -224,13 +224,13 @@ def test_a_job_that_slurm_itself_requeued_goes_on_too(in_a_task, monkeypatch, re
     saved.touch()
     Task(job_flags(parse("--shared_folder", in_a_task)))()
     assert (got[0].resume, got[0].output_dir) == ("auto" if resume else "", str(saved.parent))
-    assert signal.getsignal(signal.SIGUSR2) is signal.SIG_IGN  # it has succeeded: no signal shall make it fail
+    assert signal.getsignal(signal.SIGUSR2) is signal.SIG_IGN  # which could make a finished job fail
 
 
 @pytest.mark.parametrize(
     "rank, left", [("0", {"4711_1_result.pkl"}), ("1", {"4711_0_result.pkl", "4711_submitted.pkl"})]
 )
-def test_what_a_killed_attempt_half_wrote_is_in_nobodys_way(in_a_task, monkeypatch, rank, left):
+def test_half_written_files_of_a_killed_attempt_are_removed(in_a_task, monkeypatch, rank, left):
     monkeypatch.setattr(run_with_submitit.semi_main, "main", lambda args: None)
     monkeypatch.setenv("SLURM_PROCID", rank)
     paths = [submitit.JobEnvironment().paths.submitted_pickle, *(in_a_task / f"4711_{n}_result.pkl" for n in range(2))]
@@ -281,13 +281,13 @@ def test_a_data_worker_leaves_the_signals_to_its_task(in_a_task, monkeypatch, re
 
 
 def test_the_signal_waits_until_the_task_has_started():
-    # What the job's command line starts with, then a program that is told before it has a handler.
+    # The first words of the job's command, then a program that gets the signal before it has a handler.
     code = ("import os, signal; os.kill(os.getpid(), signal.SIGUSR2); print('alive', flush=True); "
-            "signal.signal(signal.SIGUSR2, lambda *_: print('told', flush=True)); "
+            "signal.signal(signal.SIGUSR2, lambda *_: print('received', flush=True)); "
             "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])")  # fmt: skip
     done = subprocess.run([sys.executable, "-IS", "-c", run_with_submitit.HOLD_SIGNAL, sys.executable, "-c", code],
                           capture_output=True, text=True, timeout=LIMIT_S)  # fmt: skip
-    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["alive", "told"], "")
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["alive", "received"], "")
 
 
 # ------------------------------------------------------------------------------------------- published scripts
@@ -330,7 +330,7 @@ SCRIPTS = {
 
 
 def sent(script, tmp_path, *words, **settings):
-    """The flags with which a script calls the launcher; the script is run from a foreign folder."""
+    """The flags with which a script calls the launcher; the script runs in another folder."""
     settings = {"DATA_ROOT": "images", "SPLIT": "list.txt", **settings}
     ((program, *flags),) = python_calls(f"script/{script}", tmp_path, *words, **settings)
     assert Path(program).resolve() == ROOT / "run_with_submitit.py"
@@ -412,7 +412,7 @@ def test_an_interrupted_local_job_ends_as_one_never_interrupted(data, tmp_path):
     nodes = flags.index("--nodes")  # the launcher's own, as are those before --model
     flags = flags[flags.index("--model") : nodes] + flags[nodes + 2 :]
     semi_main(*flags, "--output_dir", tmp_path / "whole", processes=2, timeout=LIMIT_S)
-    # From a foreign folder, and in a session of its own so that what is left after a failure can be ended.
+    # From another folder, and in its own session, so that a failing test can end all its processes.
     launcher = subprocess.Popen(
         ["bash", ROOT / "script" / script, *words, "--local", "--ngpus", "2"],
         cwd=tmp_path, env=QUIET | data | {"PYTHON": sys.executable}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -420,7 +420,7 @@ def test_an_interrupted_local_job_ends_as_one_never_interrupted(data, tmp_path):
     )  # fmt: skip
     try:
         job = int(re.match(r"Job (\d+), folder", launcher.stdout.readline()).group(1))
-        named = launcher.stdout.readline()  # now, or communicate() may miss what is buffered with the line above
+        named = launcher.stdout.readline()  # now, because communicate() may miss what was buffered with the first line
         folder = tmp_path / "output/jobs" / str(job)
         wait_for((folder / "checkpoint.pth").exists, launcher, until)
         tasks = children(job)
