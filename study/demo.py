@@ -29,7 +29,7 @@ from study.make_digits import divide, write_digits
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, EPOCHS, PROCESSES = 100, 8, 2
-MINUTES = 5  # of a seed, on two CPU cores
+MINUTES = 4  # of a seed, on two CPU cores
 # Digits have no mirror image, and a crop of less than most of one shows another digit, or none.
 COMMON = """--device cpu --data-set SEMI-IMNET --model Semiformer_micro_patch16 --input-size 48 --evaluate-freq 1
     --lr 1e-3 --warmup-epochs 0 --drop-path 0 --mixup 0 --cutmix 0 --no-repeated-aug --smoothing 0 --aa none
