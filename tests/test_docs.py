@@ -8,6 +8,7 @@ import re
 import runpy
 import shlex
 import subprocess
+import sys
 from contextlib import redirect_stdout
 
 import pytest
@@ -212,6 +213,34 @@ def test_every_tool_answers_help(path, parser_of):
     parser = parser_of(path)
     assert "usage: " + parser.prog in parser.format_help()
     assert not [action.option_strings for action in parser._actions if action.help is None]
+
+
+HELP_OF_ALL = """
+import contextlib, io, runpy, sys
+for module in sys.argv[1:]:
+    sys.argv[1:] = ["--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            assert not end.code, (module, end.code)
+    assert "usage: " in printed.getvalue(), module
+"""
+
+
+def test_programs_start_from_the_repository_without_pythonpath():
+    """`python -m study.study` and the like find the packages beside them; one process, as importing takes seconds."""
+    programs = [
+        path for path in TREES if "argparse" in imports(TREES[path]) and "__main__" in (ROOT / path).read_text()
+    ]
+    modules = [path.removesuffix(".py").replace("/", ".") for path in programs]
+    assert {"semi_main", "predict", "script.export", "study.study", "tests.proofs.fuzz"} <= set(modules)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", HELP_OF_ALL, *modules],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 # -------------------------------------------------------------------------------- quoted messages

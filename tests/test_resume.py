@@ -178,6 +178,39 @@ def test_the_log_keeps_what_is_not_written_again_and_loses_nothing(words, whole,
     assert (folder / "log.dropped.txt").read_text().splitlines(keepends=True) == lines[1:]
 
 
+@pytest.mark.parametrize("workers", [(1, 1), (2, 0), (0, 2)])
+def test_workers_never_change_a_run_and_a_resume_may_change_them(words, whole, tmp_path, workers):
+    """`whole` was trained without workers; here a run with other workers is stopped and resumed with others again."""
+    for epochs, number in zip(("2", "3"), workers):
+        given = [*words, "--epochs", "3", "--num_workers", number, "--output_dir", tmp_path]
+        if epochs == "2":
+            with pytest.raises(Killed), pytest.MonkeyPatch.context() as patch:
+                patch.setattr(semi_main.Run, "step_schedule", _stop_in_epoch(1))
+                run(given)
+        else:
+            run([*given, "--resume", "auto"])
+    for name in FILES:
+        assert_same_checkpoint(tmp_path / name, whole / name)
+
+
+def _stop_in_epoch(number):
+    step_schedule = semi_main.Run.step_schedule
+
+    def stop(self, epoch, test_meters):
+        if epoch == number:
+            raise Killed
+        step_schedule(self, epoch, test_meters)
+
+    return stop
+
+
+def test_what_a_killed_run_left_half_written_is_removed(words, whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoint.pth.4711.tmp").write_bytes(b"half a checkpoint")
+    run(words, "--epochs", "3", "--output_dir", tmp_path, "--resume", "auto")
+    assert set(os.listdir(tmp_path)) == set(os.listdir(whole))
+
+
 def test_evaluation_takes_the_newest_too(words, whole, tmp_path):
     copy = tmp_path / "out"
     shutil.copytree(whole, copy)

@@ -188,7 +188,7 @@ def test_unfit_folders_are_named(tmp_path):
 
 LINES = [f"n01440764_{i}.JPEG,{i // 4},{i % 4}\n".encode() for i in range(10)]
 NAMES = b"".join(b"n01440764_%d.JPEG\n" % i for i in range(10))
-WHOLE, HEAD = b"".join(LINES), b"".join(LINES[:5])
+COMPLETE, HEAD = b"".join(LINES), b"".join(LINES[:5])
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ def served(monkeypatch):
 def lists(monkeypatch):
     """Small lists instead of the published ones."""
     table = {
-        "fixmatch10": fetch_split.Published(10, hashlib.sha256(WHOLE).hexdigest(), "http://nowhere", "ten.txt"),
+        "fixmatch10": fetch_split.Published(10, hashlib.sha256(COMPLETE).hexdigest(), "http://nowhere", "ten.txt"),
         "fixmatch5": fetch_split.Published(5, hashlib.sha256(HEAD).hexdigest(), head_of="fixmatch10"),
         "simclr10": fetch_split.Published(10, None, "http://nowhere", "10percent.txt"),
     }
@@ -237,10 +237,10 @@ def lists(monkeypatch):
 
 def test_lists_are_fetched_once_and_cut(served, lists, tmp_path):
     bodies, url, asked = served
-    bodies.update({"/lists/ten.txt": WHOLE, "/lists/10percent.txt": NAMES})
+    bodies.update({"/lists/ten.txt": COMPLETE, "/lists/10percent.txt": NAMES})
     assert fetch_split.fetch("fixmatch5", tmp_path / "a/b", url) == tmp_path / "a/b/fixmatch5.txt"
     assert (tmp_path / "a/b/fixmatch5.txt").read_bytes() == HEAD
-    assert fetch_split.fetch("fixmatch10", tmp_path / "a/b", url + "/").read_bytes() == WHOLE
+    assert fetch_split.fetch("fixmatch10", tmp_path / "a/b", url + "/").read_bytes() == COMPLETE
     assert fetch_split.fetch("simclr10", tmp_path / "a/b", url).read_bytes() == NAMES
     assert fetch_split.fetch("simclr10", tmp_path / "a/b", url).read_bytes() == NAMES
     assert asked == ["/lists/ten.txt", "/lists/10percent.txt"]
@@ -248,8 +248,8 @@ def test_lists_are_fetched_once_and_cut(served, lists, tmp_path):
 
 
 @pytest.mark.parametrize("name, body, reason", [
-    ("fixmatch10", WHOLE[:-1], "its sha256 is"), ("fixmatch5", HEAD, "its sha256 is"),
-    ("fixmatch10", (WHOLE[:99], len(WHOLE)), "IncompleteRead"), ("simclr10", (NAMES[:99], 400), "IncompleteRead"),
+    ("fixmatch10", COMPLETE[:-1], "its sha256 is"), ("fixmatch5", HEAD, "its sha256 is"),
+    ("fixmatch10", (COMPLETE[:99], len(COMPLETE)), "IncompleteRead"), ("simclr10", (NAMES[:99], 400), "IncompleteRead"),
     ("fixmatch10", None, "404"), ("fixmatch10", (b"", 5), "timed out"),
     ("simclr10", NAMES[:-18], "9 lines, not 10"), ("simclr10", NAMES[:-3], "'n01440764_9.JP'"),
     ("simclr10", b"<html>\n" + NAMES, "'<html>'"), ("simclr10", NAMES[17:] + NAMES[-17:], "twice"),
@@ -271,20 +271,20 @@ def test_what_is_not_the_list_is_refused_and_not_kept(served, lists, tmp_path, m
 
 def test_what_is_there_is_checked(served, lists, tmp_path):
     _, url, asked = served
-    (tmp_path / "fixmatch10.txt").write_bytes(WHOLE)
+    (tmp_path / "fixmatch10.txt").write_bytes(COMPLETE)
     assert fetch_split.fetch("fixmatch5", tmp_path, url).read_bytes() == HEAD
-    (tmp_path / "fixmatch10.txt").write_bytes(WHOLE + b"\n")
+    (tmp_path / "fixmatch10.txt").write_bytes(COMPLETE + b"\n")
     (tmp_path / "simclr10.txt").write_bytes(NAMES * 2)
     for name in ("fixmatch10", "simclr10"):
         with pytest.raises(ValueError, match=f"{name}.txt is not the published list .*remove it"):
             fetch_split.fetch(name, tmp_path, url)
-    assert asked == [] and (tmp_path / "fixmatch10.txt").read_bytes() == WHOLE + b"\n"
+    assert asked == [] and (tmp_path / "fixmatch10.txt").read_bytes() == COMPLETE + b"\n"
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_folder_that_cannot_be_written_is_named(served, lists, tmp_path):
     bodies, url, _ = served
-    bodies["/lists/ten.txt"] = WHOLE
+    bodies["/lists/ten.txt"] = COMPLETE
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="Cannot write .*file/fixmatch10.txt .*OUT_FOLDER"):
         fetch_split.fetch("fixmatch10", tmp_path / "file", url)
