@@ -92,7 +92,9 @@ def test_what_rank_0_cannot_write_stops_both_with_its_sentence(words, tmp_path):
         assert f"[rank{rank}]: " in printed and "out/best.pth (No space left on device)" in printed
 
 
-@pytest.mark.parametrize("fault, message", [("raise", "LookupError: this image is unreadable"), ("kill", "SIGKILL")])
+@pytest.mark.parametrize("fault, message", [
+    ("raise", "LookupError: this image is unreadable"), pytest.param("kill", "SIGKILL", marks=pytest.mark.proof),
+])  # fmt: skip
 def test_torchrun_ends_with_the_error_of_the_rank_on_top(words, fault, message):
     job = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words, FAULT=fault)
     printed = job.communicate(timeout=120)[1]
