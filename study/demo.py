@@ -52,7 +52,7 @@ def read_log(folder):
 def train(folder, title, flags):
     """Run semi_main.py to its end with a progress bar; returns the records of its log.txt.
 
-    Raises RuntimeError with the end of its output, all of which is in out.txt, where it fails.
+    Raises RuntimeError with the cause where it fails; out.txt has all of its output.
     """
     folder.mkdir(parents=True)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}"]
@@ -70,8 +70,9 @@ def train(folder, title, flags):
                 bar.n = len(log) * STEPS
                 bar.refresh()
     if process.returncode:
-        last = (folder / "out.txt").read_text(errors="replace").strip().splitlines()[-3:]
-        raise RuntimeError(f"{title} failed: {' '.join(last)} (all of it is in {folder / 'out.txt'})")
+        lines = (folder / "out.txt").read_text(errors="replace").strip().splitlines()
+        cause = next((line for line in lines if "error: " in line), lines[-1])  # torchrun's own report follows it
+        raise RuntimeError(f"{title.strip()} failed: {cause} (all of its output is in {folder / 'out.txt'})")
     return log
 
 
