@@ -84,7 +84,7 @@ class Output:
         log = self.folder / "log.txt"
 
         def tidy_up():
-            for leftover in self.folder.glob("*.tmp"):
+            for leftover in self.folder.glob("*.[0-9]*.tmp"):
                 leftover.unlink()
             return utils.trim_json_lines(log, epoch)
 
