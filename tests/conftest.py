@@ -1,6 +1,7 @@
-"""What several test files read: image trees, written once for all tests of a process. No test changes them."""
+"""Fixtures of several test files. The image trees are written once for all tests of a process; no test changes them."""
 
 import pytest
+import torch
 
 from tests.trees import make_tree
 
@@ -15,3 +16,12 @@ def tree(tmp_path_factory):
 def small_tree(tmp_path_factory):
     """3 classes of 4 images to train with, all of them labelled, and 2 to evaluate."""
     return make_tree(tmp_path_factory.mktemp("small_tree"), train=4, val=2)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """PyTorch computes with one thread for the tests of a file, so that their sums do not depend on the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
