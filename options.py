@@ -422,6 +422,11 @@ def _checkpoint_flags(parser):
         "there is one; empty: a fresh start",
     )
     add(
+        "--overwrite",
+        action="store_true",
+        help="start a new run in an --output_dir that holds another, whose files are moved into a folder below it",
+    )
+    add(
         "--finetune",
         default="",
         help="checkpoint whose weights to start from, a path or an https URL; a head of another shape is left "
@@ -511,6 +516,59 @@ def labelled_and_unlabelled(args):
     """Images per process and step in the semi-supervised phase: (13, 95) for a batch of 108 and mu 0.125."""
     labelled = int(args.batch_size * args.mu)
     return labelled, args.batch_size - labelled
+
+
+_NOT_OF_THE_RUN = {"resume", "output_dir", "overwrite"}
+
+
+def changes(before, args):
+    """{flag: [value before, value now]} of the flags of a run that differ from those of the checkpoint it resumes from.
+
+    Args:
+        before: {name: value}, `checkpoint.flags_in`. A flag that it lacks is newer than the file: its default counts.
+    """
+    changed = {}
+    for action in get_args_parser()._actions:
+        name = action.dest
+        if name in _NOT_OF_THE_RUN or not hasattr(args, name) or not before:
+            continue
+        old, new = (
+            list(x) if isinstance(x, tuple) else x for x in (before.get(name, action.default), getattr(args, name))
+        )
+        if old != new:
+            changed[action.option_strings[0]] = [old, new]
+    return changed
+
+
+_OF_THE_NETWORK = ("model", "input_size", "remove_fcu", "data_set", "data_backend")
+
+
+def of_checkpoint(args, flags):
+    """What `--eval` evaluates: the network and the view of the checkpoint's run, where the command line is silent.
+
+    Args:
+        flags: {name: value} of the training run, `checkpoint.flags_in`; {} where the file has none.
+    Returns (args to evaluate with, lines for the user). Raises ValueError where one of them is no value of that flag.
+    """
+    parser = get_args_parser()
+    given = getattr(args, "given", None)
+    if given is None:
+        given = [name for name in _OF_THE_NETWORK if getattr(args, name) != parser.get_default(name)]
+    taken, words = {}, []
+    for action in parser._actions:
+        name, flag = action.dest, action.option_strings[0]
+        if name not in _OF_THE_NETWORK or name not in flags or flags[name] == getattr(args, name):
+            continue
+        if type(flags[name]) is not type(action.default) or action.choices and flags[name] not in action.choices:
+            raise ValueError(f"The checkpoint was trained with {flag} {flags[name]!r}, which is no value of this flag.")
+        if name in given:
+            words.append(f"was trained with {flag} {flags[name]}, not {getattr(args, name)} as {flag} says now.")
+        else:
+            taken[name] = flags[name]
+            words.append(f"was trained with {flag} {flags[name]}, which is taken.")
+    args = argparse.Namespace(**vars(args) | taken)
+    check(args)
+    return args, words
 
 
 _SCHEDULES = ("cosine", "tanh", "step", "poly", "plateau")

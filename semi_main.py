@@ -28,7 +28,7 @@ from losses import Recipe
 from models import build_model, enable_grad_checkpointing, fold_batchnorm
 from options import get_args_parser
 from samplers import training_order
-from training import checkpoint, output_folder, report, tensorboard_log
+from training import checkpoint, output_folder, report, tensorboard_log, validation
 from training.checkpoint import TrainState
 from training.initial_weights import initial_weight_files, load_initial_weights
 from training.optimization import build_optimizer, build_scheduler, learning_rates, mixed_precision
@@ -108,11 +108,14 @@ def evaluate_checkpoint(args, device):
     resume = output_folder.resume_file(args.resume, args.output_dir)
     if not resume:
         raise ValueError("--eval needs --resume CHECKPOINT, the file to evaluate.")
+    content = checkpoint.read(resume)
+    args, words = options.of_checkpoint(args, checkpoint.flags_in(content, resume))
+    for line in words:
+        print_main(f"{resume} {line}")
     images = build_validation_set(args)
     classes = images.samples.classes
     model = _network(args, len(classes), device)
     autocast, _, precision = mixed_precision(options.requested_amp(args), device)
-    content = checkpoint.read(resume)
     checkpoint.load_weights(model, checkpoint.weights_in(content, resume), resume)
     if mismatch := checkpoint.class_mismatch(checkpoint.classes_in(content), classes):
         print_main(f"Warning: {resume} is of other classes than the validation images, {mismatch}: check --data-path.")
@@ -129,7 +132,8 @@ def evaluate_checkpoint(args, device):
 
     meters = measured("raw", "")
     if "model_ema" in content:
-        checkpoint.load_weights(model, content["model_ema"], f"{resume} (model_ema)")
+        name = f"{resume} (model_ema)"
+        checkpoint.load_weights(model, checkpoint.weights_in(content, name, "model_ema"), name)
         meters["ema"] = measured("EMA", "ema_")
     meters |= {"classes": len(classes), "checkpoint": resume, "epoch": content.get("epoch"), "amp": precision}
     if args.output_dir and utils.is_main():
@@ -146,6 +150,7 @@ class Run:
         self.labelled, self.unlabelled = build_training_sets(args, options.semi_supervised(args))
         classes = self.labelled.samples.classes
         self.validation = build_validation_set(args, classes)
+        self.validation[0]  # an image that cannot be evaluated is found now, and not after an epoch
         self.recipe = Recipe.from_args(args)
         self.mixup = _mixup(args, len(classes))
         self.autocast, scaler, self.precision = mixed_precision(options.requested_amp(args), device)
@@ -181,9 +186,11 @@ class Run:
         # 3. --finetune, then the --*-load flags as ordered in initial_weights.LOADERS: weights alone, at --start_epoch;
         # 4. from scratch: weights drawn from --seed, at --start_epoch.
         args, state = self.args, self.state
-        self.resumed = output_folder.resume_file(args.resume, args.output_dir)
+        self.resumed, self.changed = output_folder.resume_file(args.resume, args.output_dir), {}
+        # Whether the run goes on in the folder of its checkpoint; another folder is a fork's.
+        self.goes_on = bool(self.resumed) and output_folder.is_inside(self.resumed, args.output_dir or "/")
         if self.resumed:
-            state.from_dict(checkpoint.read(self.resumed), self.resumed)
+            self._resume(checkpoint.read(self.resumed))
         else:
             load_initial_weights(args, state.model)
             if state.ema is not None:
@@ -191,6 +198,17 @@ class Run:
         if args.start_epoch and state.epoch < 0:
             state.epoch = args.start_epoch - 1
             state.scheduler.step(state.epoch)
+
+    def _resume(self, content):
+        """Load a checkpoint: moments, counters and position are its own, everything else is that of the flags."""
+        args, state, flags = self.args, self.state, checkpoint.flags_in(content, self.resumed)
+        state.from_dict(content, self.resumed)
+        self.changed = options.changes(flags, args)
+        for flag, (old, new) in self.changed.items():
+            print_main(f"Changed since {self.resumed}: {flag} {old} -> {new}")
+        if not self.goes_on:
+            state.best = TrainState(None).best  # of the epochs of this run, whose folder has no best.pth yet
+            state.pending = None
 
     def is_semi(self, epoch):
         """Whether the epoch uses unlabelled images."""
@@ -242,11 +260,14 @@ class Run:
                 "amp": self.precision,
                 "phases": phases,
                 "images": dict(zip(("labelled", "unlabelled", "validation"), map(len, sizes))),
-            }
+                "resumed_from": self.resumed or None,
+                "changed": self.changed,
+            },
+            goes_on=self.goes_on,
         )
 
     def train_epoch(self, epoch):
-        """Train for one epoch; returns its meters."""
+        """Train for one epoch. Its meters are `state.pending` until the epoch has been evaluated and logged."""
         args, semi = self.args, self.is_semi(epoch)
         labelled_batch, unlabelled_batch, steps = self.phases[semi]
         utils.seed_everything(args.seed, epoch, self.rank)
@@ -289,7 +310,7 @@ class Run:
         self.state.epoch = epoch
         # Every rank gets rank 0's running statistics, so that the logged figures are those of the checkpoint.
         utils.broadcast_buffers(self.state.model, *([self.state.ema.module] if self.state.ema is not None else []))
-        return meters | {"bad_images": unreadable}
+        self.state.pending = meters | {"bad_images": unreadable}
 
     def is_measured(self, epoch):
         """Whether the epoch ends with an evaluation and a line in log.txt."""
@@ -312,8 +333,8 @@ class Run:
         meters.pop("images")
         if not math.isfinite(meters["loss"]):
             raise FloatingPointError(
-                f"After epoch {epoch} the loss on the validation images is {meters['loss']}: the weights are "
-                "broken, and not saved; lower --lr, set --clip-grad or use --amp off."
+                f"After epoch {epoch} the loss on the validation images is {meters['loss']}: the weights are broken. "
+                "Lower --lr, set --clip-grad or use --amp off."
             )
         if meters["acc1"] > state.best["acc1"] or state.best["epoch"] < 0:
             state.best = {"acc1": meters["acc1"], "epoch": epoch}
@@ -321,7 +342,10 @@ class Run:
 
     def step_schedule(self, epoch, test_meters):
         """Set the learning rate of the next epoch; `test_meters` are None where this one was not evaluated."""
-        self.state.scheduler.step(epoch, metric=test_meters["acc1"] if test_meters else self.state.best["acc1"])
+        plateau = getattr(self.state.scheduler, "lr_scheduler", None)
+        # Where there is no new top-1, the best one so far; a fork counts its own, but its schedule counts on.
+        best = max(self.state.best["acc1"], plateau.best if plateau else 0)
+        self.state.scheduler.step(epoch, metric=test_meters["acc1"] if test_meters else best)
 
     def log(self, epoch, train_meters, test_meters):
         """Append the epoch's line to log.txt, and its test figures to TensorBoard."""
@@ -331,13 +355,45 @@ class Run:
             self.tensorboard.add("test", self.first_step(epoch + 1) - 1, test_meters)
 
     def save(self, keep_previous=True):
-        """Write the state under the names of its epoch."""
-        state = self.state
-        names = [output_folder.FORK.format(state.epoch)] if self.is_fork(state.epoch) else []
-        names += [output_folder.BEST] if state.best["epoch"] == state.epoch else []
+        """Write the state under the names of its epoch; before its evaluation as checkpoint.pth alone.
+
+        Raises FloatingPointError where weights or moments are not finite; the files stay as they are.
+        """
+        state, names = self.state, []
+        if state.pending is None:
+            names += [output_folder.FORK.format(state.epoch)] if self.is_fork(state.epoch) else []
+            names += [output_folder.BEST] if state.best["epoch"] == state.epoch else []
         # ours: in every epoch, not in every --evaluate-freq, because a preempted job repeats what follows this file.
         names.append(output_folder.LATEST)
-        self.output.save(lambda: state.to_dict(self.args), names, keep_previous)
+
+        def content():
+            content = state.to_dict(self.args)
+            if place := validation.not_finite({key: content.get(key) for key in ("model", "model_ema", "optimizer")}):
+                raise FloatingPointError(
+                    f"After epoch {state.epoch} {place} is not finite: the weights are broken, and not saved. "
+                    "Lower --lr, set --clip-grad or use --amp off."
+                )
+            return content
+
+        self.output.save(content, names, keep_previous)
+
+    def tidy(self):
+        """Prepare the output folder, as `Output.tidy`."""
+        done = self.state.epoch - (self.state.pending is not None)
+        known = self.goes_on and not {"--epochs", "--evaluate-freq"} & set(self.changed)
+        self.output.tidy(done, [epoch for epoch in range(done + 1) if known and self.is_measured(epoch)])
+
+    def way_on(self):
+        """How a run that was stopped goes on, for the user."""
+        saved = self.output.folder and (self.output.folder / output_folder.LATEST).exists()
+        return "--resume auto goes on" if saved else "nothing of it is saved"
+
+    def way_back(self):
+        """How a run whose weights are ruined goes on, for the user; "" where there is nothing to go back to."""
+        previous = self.output.folder and self.output.folder / output_folder.PREVIOUS
+        if not previous or not previous.exists():
+            return ""
+        return f"--resume auto would start from the same weights again; --resume {previous} is an epoch earlier."
 
     def is_fork(self, epoch):
         """Whether ablations fork here: the last epoch before the semi-supervised or the consistency phase."""
@@ -352,27 +408,43 @@ def train(args, device):
     """Train from where the flags begin to `--epochs`; returns the Run."""
     utils.seed_everything(args.seed)  # the same initial weights on every rank
     run = Run(args, device)
+    state = run.state
     run.print_plan()
-    run.output.tidy(run.state.epoch)
+    run.tidy()
     if args.resume == "auto" and run.resumed and Path(run.resumed).name != output_folder.LATEST:
         # checkpoint.pth is missing or damaged; a damaged one must not become checkpoint.prev.pth.
         run.save(keep_previous=False)
-    first, start = run.state.epoch + 1, time.time()
-    if first >= args.epochs:
+    first, start = state.epoch + 1, time.time()
+    if first >= args.epochs and state.pending is None:
         begun = run.resumed or "the start"
         print_main(f"Nothing left to train: {begun} is at epoch {first - 1} of --epochs {args.epochs}.")
     elif args.tensorboard:
         run.tensorboard = tensorboard_log.TensorBoardLog(Path(args.output_dir, "tensorboard"), run.first_step(first))
-    for epoch in range(first, args.epochs):
-        train_meters = run.train_epoch(epoch)
+    try:
+        _train_epochs(run)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"stopped in epoch {state.epoch + (state.pending is None)}; {run.way_on()}") from error
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error} {run.way_back()}") from error
+    best = f"; best top-1 {state.best['acc1']:.3f} in epoch {state.best['epoch']}" if state.best["epoch"] >= 0 else ""
+    print_main(f"Trained in {time.time() - start:.0f} s{best}.")
+    return run
+
+
+def _train_epochs(run):
+    state, epochs = run.state, run.args.epochs
+    for epoch in range(state.epoch + (state.pending is None), epochs):
+        is_saved = state.pending is not None  # the resumed checkpoint has this epoch, trained but not evaluated
+        if not is_saved:
+            run.train_epoch(epoch)
+            if is_saved := run.is_measured(epoch):
+                run.save()  # so that neither an error nor a kill in the evaluation costs the epoch
         test_meters = run.evaluate(epoch) if run.is_measured(epoch) else None
+        train_meters, state.pending = state.pending, None
         run.step_schedule(epoch, test_meters)
         if test_meters:
             run.log(epoch, train_meters, test_meters)
-        run.save()
-    best = run.state.best
-    print_main(f"Trained in {time.time() - start:.0f} s; best top-1 {best['acc1']:.3f} in epoch {best['epoch']}.")
-    return run
+        run.save(keep_previous=not is_saved)
 
 
 def main(args):
@@ -385,7 +457,11 @@ def main(args):
     if args.output_dir:
         with utils.writing(args.output_dir):
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    (evaluate_checkpoint if args.eval else train)(args, device)
+    if args.eval:
+        evaluate_checkpoint(args, device)
+    else:
+        with output_folder.claimed(args.output_dir, args.resume, args.overwrite):
+            train(args, device)
     utils.leave_group()
 
 

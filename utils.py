@@ -10,8 +10,10 @@ import math
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from contextlib import contextmanager, suppress
@@ -71,12 +73,26 @@ def init_distributed(device, dist_url="env://", world_size=1, from_slurm=False):
         if world > 1:
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with(os.getppid())
     if "RANK" in os.environ and world > 1:
         backend = "nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(
             backend, init_method=dist_url, world_size=world, rank=int(os.environ["RANK"]), timeout=timedelta(minutes=30)
         )
     return torch.device(device)
+
+
+def _end_with(launcher):
+    """End this process soon after torchrun has ended: its ranks would train on without it, unseen."""
+
+    def watch():
+        while os.getppid() == launcher:
+            time.sleep(1)
+        sys.stderr.write("torchrun has ended, and this rank with it.\n")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def leave_group():
@@ -113,13 +129,13 @@ def gather(thing):
 def on_main(function, *args):
     """Call the function on the main process and return its result on every rank. Every rank must call this.
 
-    Where the function raises OSError, ValueError or RuntimeError, every rank raises that error.
+    Where the function raises OSError, ValueError, RuntimeError or FloatingPointError, every rank raises that error.
     """
     outcome = [None]
     if is_main():
         try:
             outcome = [function(*args)]
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
             outcome = [error]
     if dist.is_initialized():
         dist.broadcast_object_list(outcome, src=0)
@@ -449,9 +465,13 @@ def excepthook(program, kind, error, trace):
     In a process group PyTorch prefixes each line with the rank. The process then exits at once, because the threads
     of a group that is in the middle of a collective can abort or block Python's own shutdown.
     """
-    if dist.is_initialized() and issubclass(kind, Exception):
-        atexit.register(os._exit, 1)
-    if is_ours(error):
+    interrupted = issubclass(kind, KeyboardInterrupt)
+    if dist.is_initialized() and (interrupted or issubclass(kind, Exception)):
+        atexit.register(os._exit, 130 if interrupted else 1)
+    if interrupted:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun passes on the one that the terminal has already sent
+        message = f"{program}: {error or 'stopped'}\n" if is_main() else ""
+    elif is_ours(error):
         message = f"{program}: error: {error}\n"
     elif lost_a_peer(error):
         reason = str(error).strip().splitlines()[0]

@@ -57,6 +57,7 @@ def test_two_ranks_train_two_epochs_and_leave_what_a_user_needs(two_ranks):
         "epoch_0_checkpoint.pth",
         "log.txt",
         "run.json",
+        "run.lock",
     ]
     first, second = log(out)
     assert (first["epoch"], second["epoch"]) == (0, 1) and "train_loss_0_u" not in first

@@ -89,7 +89,7 @@ def test_a_loss_that_is_not_finite_stops_both_and_names_the_rank_and_its_images(
 def test_what_rank_0_cannot_write_stops_both_with_its_sentence(words, tmp_path):
     for rank, (status, printed) in enumerate(two_ranks("save", words, tmp_path)):
         assert status == 1
-        assert f"[rank{rank}]: " in printed and "out/best.pth (No space left on device)" in printed
+        assert f"[rank{rank}]: " in printed and "out/checkpoint.pth (No space left on device)" in printed
 
 
 @pytest.mark.parametrize("fault, message", [

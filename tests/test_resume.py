@@ -86,8 +86,8 @@ class Disk:
 
 
 def operations():
-    """run.json; epoch 0's log line, fork, best and checkpoint.pth; epochs 1 and 2 have no fork, and maybe no best."""
-    return range(22)
+    """run.json; of each epoch checkpoint.pth, the log line, best and checkpoint.pth again; of epoch 0 a fork too."""
+    return range(28)
 
 
 @pytest.mark.parametrize("last", operations())

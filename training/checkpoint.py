@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import torch
 
+from training import optimization, validation
 from utils import atomic, print_main, write_atomic, writing
 
 # Classes that a published file may hold beside tensors and plain containers. None of these runs code when unpickled.
@@ -43,6 +44,7 @@ class TrainState:
         best: {"acc1": best top-1 in percent, "epoch": its epoch}, of the raw weights.
         classes: names of the classes, in the order of their indices.
         bad_images: {name of a training set: its BadImages}, whose known unreadable images are saved.
+        pending: the training meters of `epoch` while it has not been evaluated and logged, else None.
     """
 
     model: Any
@@ -54,6 +56,7 @@ class TrainState:
     best: dict = field(default_factory=lambda: {"acc1": 0.0, "epoch": -1})
     classes: tuple = ()
     bad_images: dict = field(default_factory=dict)
+    pending: dict | None = None
 
     def to_dict(self, args):
         """A checkpoint's content: the published keys `model optimizer lr_scheduler epoch model_ema args`, and ours."""
@@ -70,44 +73,51 @@ class TrainState:
         }
         if self.ema is not None:
             content["model_ema"] = self.ema.module.state_dict()
-        if hasattr(self.scheduler, "lr_scheduler"):  # timm's plateau schedule does not save its counters.
-            content["plateau"] = self.scheduler.lr_scheduler.state_dict()
+        if self.pending is not None:
+            content["pending"] = self.pending
+        if plateau := optimization.plateau_state(self.scheduler):
+            content["plateau"] = plateau
         return content
 
     def from_dict(self, content, path):
         """Load a checkpoint's content: its weights and, where it has optimizer, schedule and epoch, the whole state.
 
-        `path` is the file's name for the messages. Raises ValueError where a part does not belong to this network or
-        optimizer, or where the classes have other names.
+        Moments, counters and the position in the schedule come from the content; rates and all other settings of the
+        optimizer and the schedule stay those that this state was built with.
+
+        `path` is the file's name for the messages. Raises ValueError, before anything is used, where a part is not what
+        `to_dict` writes or does not belong to this network and optimizer, or where the classes have other names.
         """
+        validation.check(content, path)
         if differing := class_mismatch(classes_in(content), self.classes):
             raise ValueError(
                 f"{path} is of other classes than the data, {differing}: check --data-path, or --finetune it."
             )
-        load_weights(self.model, weights_in(content, path), path)
-        if self.ema is not None:
-            if "model_ema" in content:
-                load_weights(self.ema.module, content["model_ema"], f"{path} (model_ema)")
-            else:
-                print_main(f"{path} holds no model_ema: the moving average starts from its weights.")
-                self.ema.module.load_state_dict(self.model.state_dict())
+        weights = weights_in(content, path)
+        parts = {path: (self.model, weights)}
+        if self.ema is not None and "model_ema" in content:
+            parts[f"{path} (model_ema)"] = (self.ema.module, content["model_ema"])
+        for name, (model, tensors) in parts.items():
+            check_fit(model, tensors, name, same_types=True)
         lacking = [key for key in STATE_KEYS if key not in content]
+        if not lacking:
+            # First, because it lets the optimizer take a step, which changes the weights.
+            optimization.restore_optimizer(self.optimizer, content["optimizer"], path)
+        for model, tensors in parts.values():
+            model.load_state_dict(tensors)
+        if self.ema is not None and "model_ema" not in content:
+            print_main(f"{path} holds no model_ema: the moving average starts from its weights.")
+            self.ema.module.load_state_dict(self.model.state_dict())
         if lacking:
             print_main(f"{path} lacks {', '.join(lacking)}: its weights are used, the rest starts anew.")
             return
-        try:
-            self.optimizer.load_state_dict(content["optimizer"])
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"The optimizer state in {path} is not of this network and --opt ({error}).") from error
-        if ("plateau" in content) != hasattr(self.scheduler, "lr_scheduler"):
-            raise ValueError(f"The schedule in {path} is another than --sched: plateau goes on as plateau only.")
-        self.scheduler.load_state_dict(content["lr_scheduler"])
-        if "plateau" in content:
-            self.scheduler.lr_scheduler.load_state_dict(content["plateau"])
-        if content.get("scaler"):
-            self.scaler.load_state_dict(content["scaler"])
         self.epoch = content["epoch"]
         self.best = content.get("best", self.best)
+        self.pending = content.get("pending")
+        metric, groups = content["lr_scheduler"].get("metric"), content["optimizer"]["param_groups"]
+        optimization.restore_schedule(self.scheduler, self.epoch, metric, content.get("plateau"), groups)
+        if content.get("scaler"):
+            self.scaler.load_state_dict(content["scaler"])
         for name, indices in content.get("bad_images", {}).items():
             if name in self.bad_images:
                 self.bad_images[name].restore(indices)
@@ -178,10 +188,13 @@ def fetch(path_or_url):
 def _check_sums(path):
     """Verify the checksums of a zip file, which torch.load ignores: a flipped bit would become a wrong weight.
 
-    It takes 0.3 s per GB. Files of PyTorch before 1.6 are not zip files and have no checksums.
+    It takes 0.3 s per GB. Files of PyTorch before 1.6 are not zip files and have no checksums. PyTorch compresses
+    nothing, so entries that are larger than the file are made to exhaust the memory.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
+                raise zipfile.BadZipFile("its entries are larger than the file")
             damaged = archive.testzip()
         if damaged is not None:
             raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
@@ -249,17 +262,23 @@ def _read_safetensors(path):
         with package.safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("semiformer", "{}"))
             weights = {key: file.get_tensor(key) for key in file.keys()}
-    except (package.SafetensorError, OSError, ValueError) as error:
+    except (package.SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ValueError(f"Cannot read {path}, it is damaged or no safetensors file: {error}") from error
+    validation.check(about, path)
     flags = {"args": argparse.Namespace(**about["args"])} if "args" in about else {}
     return {**about, "model": weights, **flags}
 
 
-def weights_in(content, path):
-    """The state dict in a checkpoint's content: its entry `model`, or the content itself; ValueError without one."""
-    weights = content.get("model", content) if isinstance(content, dict) else None
+def weights_in(content, path, key="model"):
+    """The state dict in a checkpoint's content: its entry `key`, or for "model" the content itself if it has none.
+
+    Raises ValueError naming the file where there is none, or where a tensor is not finite or not in the CPU's memory.
+    """
+    weights = content.get(key, content if key == "model" else None) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not weights or not all(torch.is_tensor(value) for value in weights.values()):
-        raise ValueError(f"{path} holds no state dict: neither under 'model' nor as the file itself.")
+        raise ValueError(f"{path} holds no state dict: neither under {key!r} nor as the file itself.")
+    if fault := validation.weights_fault(weights):
+        raise ValueError(f"{path} cannot be used: {key}{fault}.")
     return weights
 
 
@@ -268,6 +287,18 @@ def classes_in(content):
     classes = content.get("classes") if isinstance(content, dict) else None
     named = isinstance(classes, list) and classes and all(isinstance(name, str) for name in classes)
     return classes if named else None
+
+
+def flags_in(content, path):
+    """The flags of the training run in a checkpoint's content, a dict; {} where there are none.
+
+    Raises ValueError naming the file where they are not what a command line gives.
+    """
+    if not isinstance(content, dict) or "args" not in content:
+        return {}
+    validation.check(content, path, ["args"])
+    args = content["args"]
+    return dict(vars(args) if isinstance(args, argparse.Namespace) else args or {})
 
 
 def class_mismatch(there, here):
@@ -284,7 +315,16 @@ def is_head(key):
 
 
 def load_weights(model, weights, path):
-    """Load a state dict that must fit exactly. Raises ValueError naming the classes, keys or shapes that differ."""
+    """Load a state dict that must fit exactly. Raises ValueError as `check_fit`."""
+    check_fit(model, weights, path)
+    model.load_state_dict(weights)
+
+
+def check_fit(model, weights, path, same_types=False):
+    """Raise ValueError naming the classes, keys or shapes in which a state dict differs from the network's own.
+
+    With `same_types` the tensors must have the network's types too, as those of a training state have.
+    """
     own = model.state_dict()
     missing = [key for key in own if key not in weights]
     extra = [key for key in weights if key not in own]
@@ -299,9 +339,10 @@ def load_weights(model, weights, path):
     if other and all(is_head(key) for key in other):
         there, here = next(iter(other.values()))
         raise ValueError(f"The head in {path} has {there[0]} classes, but the data has {here[0]} class folders.")
+    if not other and same_types:
+        other = {key: (weights[key].dtype, own[key].dtype) for key in own if weights[key].dtype != own[key].dtype}
     if other:
         key, (there, here) = next(iter(other.items()))
         raise ValueError(
             f"{path} is of another network: {key} is {there} there, {here} here; check --model and its flags."
         )
-    model.load_state_dict(weights)

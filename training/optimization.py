@@ -41,12 +41,17 @@ def build_optimizer(args, model):
     Raises ValueError for an optimizer that timm does not know or that does not accept the flags.
     """
     settings = optimizer_kwargs(args)
+    # timm makes one group where nothing is decayed; with always the same groups a resumed run may change the decay.
+    settings["weight_decay"] = args.weight_decay or 1.0
     if args.opt.lower() in ("adam", "adamw"):
         settings["fused"] = True  # one kernel for all parameters, with the same arithmetic
     try:
-        return create_optimizer_v2(model, **settings)
+        optimizer = create_optimizer_v2(model, **settings)
     except (ValueError, AssertionError, TypeError) as error:
         raise ValueError(f"timm cannot make --opt {args.opt} with these --opt-* flags: {error!r}") from error
+    for group in optimizer.param_groups:
+        group["weight_decay"] *= bool(args.weight_decay)
+    return optimizer
 
 
 def build_scheduler(args, optimizer):
@@ -58,6 +63,110 @@ def build_scheduler(args, optimizer):
     if args.sched == "plateau":
         scheduler.lr_scheduler.cooldown = args.cooldown_epochs  # timm's factory always sets it to 0
     return scheduler
+
+
+def restore_optimizer(optimizer, saved, path):
+    """Give a new optimizer the moments and counters of a saved state; its rates and settings stay those of the flags.
+
+    The optimizer takes a step with zero gradients, in which it allocates its own state. The values are then copied into
+    it, so that no tensor of the file is used, whatever its memory looks like. The weights change in that step: load
+    them afterwards.
+
+    Args:
+        saved: what its `state_dict()` returned, after `validation.check`.
+        path: the file's name for the messages.
+    Raises ValueError where `saved` is of other parameters or of another kind of optimizer.
+    """
+    before = [dict(group) for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    for _ in range(before[0].get("lookahead_k", 1)):  # Lookahead allocates its own part in this step
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    made, groups = optimizer.state_dict(), saved["param_groups"]
+    try:
+        sizes = [[len(group["params"]) for group in each] for each in (groups, made["param_groups"])]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"groups of {sizes[0]} parameters, not {sizes[1]}")
+        state = {}
+        for index, own in made["state"].items():
+            if index in saved["state"]:  # not that of a parameter that has never had a gradient
+                state[index] = _filled(own, saved["state"][index], f"state[{index}]")
+        for old, group, there in zip(before, made["param_groups"], groups):
+            for key in group:
+                # Not the settings of the flags, but what the step has added or counted, such as Lamb's `step`.
+                if key != "params" and group[key] != old.get(key):
+                    group[key] = _filled(group[key], there.get(key), key)
+        rest = {
+            key: _filled(own, saved.get(key), key) for key, own in made.items() if key not in ("state", "param_groups")
+        }
+    except ValueError as error:
+        raise ValueError(
+            f"The optimizer state in {path} is not of this network and --opt ({error}): keep --opt and --model, or "
+            "start from the file's weights with --finetune."
+        ) from error
+    optimizer.load_state_dict({**rest, "param_groups": made["param_groups"], "state": state})
+
+
+def _filled(own, saved, name):
+    """A part of an optimizer's own state with the values of the saved one; ValueError where that is of another form."""
+    if isinstance(own, dict):
+        there = set(saved) if isinstance(saved, dict) else set()
+        if there - set(own) or {key for key in own if not str(key).startswith("lookahead_")} - there:
+            raise ValueError(f"{name} has {sorted(there)}, not {sorted(own)}")
+        return {key: _filled(own[key], saved[key], f"{name}[{key!r}]") for key in saved}
+    if isinstance(own, list | tuple):
+        if type(saved) is not type(own) or len(saved) != len(own):
+            raise ValueError(f"{name} is no {type(own).__name__} of {len(own)}")
+        return type(own)(_filled(*pair, name) for pair in zip(own, saved))
+    if torch.is_tensor(own):
+        # PyTorch before 1.12 counted steps in plain numbers.
+        value = torch.tensor(saved, dtype=own.dtype) if type(saved) in (int, float) else saved
+        if not torch.is_tensor(value) or (value.shape, value.dtype) != (own.shape, own.dtype):
+            shown = f"{tuple(value.shape)} {value.dtype}" if torch.is_tensor(value) else repr(value)
+            raise ValueError(f"{name} is {shown}, not {tuple(own.shape)} {own.dtype}")
+        return own.copy_(value)
+    if type(saved) is not type(own) or isinstance(own, str) and saved != own:
+        raise ValueError(f"{name} is {saved!r}, not {own!r}")
+    return saved
+
+
+def plateau_state(scheduler):
+    """What a plateau schedule counts, for the checkpoint (timm does not save it); {} of any other schedule."""
+    if not hasattr(scheduler, "lr_scheduler"):
+        return {}
+    # timm adds noise to the rate of an epoch and restores it before the next.
+    held = {"restore_lr": scheduler.restore_lr} if scheduler.restore_lr is not None else {}
+    return scheduler.lr_scheduler.state_dict() | held
+
+
+def restore_schedule(scheduler, epoch, metric, plateau, groups):
+    """Set the rates that follow an epoch. Every schedule but plateau computes them from the epoch and the flags.
+
+    Args:
+        metric: that of the last step, which timm's schedules keep.
+        plateau: the saved `plateau_state`, or None: a plateau schedule then begins at the rate of the flags.
+        groups: the saved parameter groups, whose rates a plateau schedule has lowered.
+    """
+    if epoch < 0:
+        return
+    if not hasattr(scheduler, "lr_scheduler"):
+        scheduler.step(epoch, metric)
+        return
+    scheduler.update_groups(scheduler.base_values)
+    if plateau is not None:
+        for name in ("best", "num_bad_epochs", "cooldown_counter", "last_epoch"):
+            setattr(scheduler.lr_scheduler, name, plateau[name])
+        # The share is exactly 1 under the same --lr; under another the saved rate has been lowered by as much.
+        pairs = list(zip(scheduler.optimizer.param_groups, groups))
+        shares = [group["initial_lr"] / (saved.get("initial_lr") or group["initial_lr"] or 1) for group, saved in pairs]
+        for (group, saved), share in zip(pairs, shares):
+            group["lr"] = saved["lr"] * share
+        held = plateau.get("restore_lr")
+        scheduler.restore_lr = held and [rate * share for rate, share in zip(held, shares)]
+    if epoch <= scheduler.warmup_t:
+        scheduler.step(epoch)
 
 
 def learning_rates(args):

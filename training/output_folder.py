@@ -1,12 +1,152 @@
-"""The output folder of a run: its files, the order in which they are written, and the checkpoint to resume from."""
+"""The output folder of a run: who writes there, its files and their order, and the checkpoint to resume from."""
 
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import utils
-from training import checkpoint
+from training import checkpoint, validation
 from utils import print_main
 
 LATEST, PREVIOUS, BEST, FORK = "checkpoint.pth", "checkpoint.prev.pth", "best.pth", "epoch_{}_checkpoint.pth"
+LOG, LOCK = "log.txt", "run.lock"
+CHECKPOINTS = (LATEST, PREVIOUS, BEST, FORK.format("*"))
+# Everything of a run and of the evaluations beside it; the folder of a Slurm job also holds the files of submitit.
+OF_A_RUN = (*CHECKPOINTS, LOG, "log.dropped.txt", "run.json", "tensorboard", "eval.json", "*per_class.csv",
+            "*confusion.csv", "*confusion.png", "*reliability.png")  # fmt: skip
+WAIT_S = 300  # for the end of the attempt before this one, in a job that Slurm has requeued
+
+
+# --------------------------------------------------------------------------------------------- who writes there
+
+
+@contextmanager
+def claimed(folder, resume, overwrite):
+    """Inside the block no other run writes to the folder, and none lies there that this one does not go on with.
+
+    Every rank must enter it. Raises ValueError as `_lock` and `_make_room`, on all ranks together. An empty name
+    claims nothing.
+    """
+    lock = []
+    if folder:
+        utils.on_main(lambda: lock.append(_lock(folder)))
+        if aside := utils.on_main(_make_room, folder, resume, overwrite):
+            print_main(f"--overwrite: the files of the run before are in {aside}.")
+    try:
+        yield
+    finally:
+        for file in lock:
+            file.close()
+
+
+def _lock(folder):
+    """Take the lock of an output folder; the open file that holds it.
+
+    It is a lock of the kernel (fcntl) on the file run.lock, which ends with the process, however that ends. On NFS 4
+    the server ends the lock of a node that died after its lease, by default 90 s. A requeued Slurm job waits up to
+    WAIT_S for the end of the attempt before it. Raises ValueError naming the process that has the lock.
+    """
+    path = Path(folder, LOCK)
+    with utils.writing(path):
+        file = open(path, "a+", encoding="utf-8")
+    job = os.environ.get("SLURM_JOB_ID", os.environ.get("SUBMITIT_LOCAL_JOB_ID"))
+    until, waiting = time.monotonic() + WAIT_S, False
+    while not _locked(file, path):
+        holder = {"pid": "?", "host": "?", "started": "?"} | _holder(file)
+        words = f"process {holder['pid']} on {holder['host']}, started {holder['started']}"
+        if job is None or holder.get("job") != job or time.monotonic() > until:
+            file.close()
+            raise ValueError(
+                f"{folder} is in use by {words}: wait for its end, end it, or choose another --output_dir."
+            )
+        if not waiting:
+            print_main(f"Waiting up to {WAIT_S} s for the end of {words}, the attempt before this one.")
+        waiting = True
+        time.sleep(1)
+    file.truncate(0)
+    json.dump(
+        {"host": socket.gethostname(), "pid": os.getpid(), "started": f"{datetime.now():%F %T}", "job": job}, file
+    )
+    file.flush()
+    return file
+
+
+def _locked(file, path):
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        # A file system without locks, such as Lustre mounted without the option flock.
+        print_main(f"Warning: {path} cannot be locked ({error.strerror}): see that no second run uses this folder.")
+    return True
+
+
+def _holder(file):
+    """What the process that has the lock wrote about itself; {} where that cannot be read."""
+    try:
+        # Not by a second descriptor: closing it would end a lock of this process.
+        holder = json.loads(os.pread(file.fileno(), 10_000, 0))
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def begun_by_job(folder, job):
+    """Whether the last run in the folder was started in this Slurm or submitit job."""
+    try:
+        holder = json.loads(Path(folder, LOCK).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(holder, dict) and holder.get("job") == job
+
+
+def holds_run(folder):
+    """Whether the folder has a checkpoint or a log line of a run."""
+    logged = Path(folder, LOG)
+    return any(True for name in CHECKPOINTS for _ in Path(folder).glob(name)) or (
+        logged.is_file() and logged.stat().st_size > 0
+    )
+
+
+def is_inside(path_or_url, folder):
+    """Whether a checkpoint is one of the run in this folder."""
+    return "://" not in path_or_url and Path(path_or_url).resolve().parent == Path(folder).resolve()
+
+
+def _make_room(folder, resume, overwrite):
+    """See that a new run does not write over the files of another one.
+
+    A run that resumes from this folder goes on in it. Any other needs a folder without a run, or with `overwrite` the
+    files of the run are moved into a new folder below it. Returns that folder's name, or None. Raises ValueError where
+    the folder holds a run.
+    """
+    inside = resume == "auto" or is_inside(resume, folder)
+    if overwrite and inside:
+        raise ValueError(f"--overwrite and --resume {resume} contradict each other: keep one of them.")
+    if inside or not holds_run(folder):
+        return None
+    if not overwrite:
+        raise ValueError(
+            f"{folder} holds another run: choose a new --output_dir, go on with that run by --resume auto, or pass "
+            "--overwrite, which moves its files into a folder below."
+        )
+    aside = Path(folder, f"replaced-{datetime.now():%Y%m%d-%H%M%S}")
+    with utils.writing(aside):
+        aside.mkdir()
+        for pattern in OF_A_RUN:
+            for path in sorted(Path(folder).glob(pattern)):
+                path.rename(aside / path.name)
+    return str(aside)
+
+
+# --------------------------------------------------------------------------------------------- where to resume
 
 
 def newest(folder):
@@ -23,7 +163,8 @@ def newest(folder):
             continue
         try:
             content = checkpoint.read(path)
-            if not isinstance(content, dict) or any(key not in content for key in checkpoint.STATE_KEYS):
+            validation.check(content, path)
+            if any(key not in content for key in checkpoint.STATE_KEYS):
                 raise ValueError(f"{path} holds no whole training state ({', '.join(checkpoint.STATE_KEYS)})")
         except (OSError, ValueError) as error:
             damaged.append(str(error))
@@ -58,6 +199,20 @@ def resume_file(resume, folder):
     return found or ""
 
 
+# --------------------------------------------------------------------------------------------- what is written
+
+
+def _earlier_starts(path, folder):
+    """[{"resumed_from", "changed"}] of the starts in a run.json that came from elsewhere or changed a flag."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        start = {key: record[key] for key in ("resumed_from", "changed")}
+        told = start["changed"] or start["resumed_from"] and not is_inside(start["resumed_from"], folder)
+        return record["earlier"] + [start] * bool(told)
+    except (OSError, ValueError, LookupError, TypeError):
+        return []  # written by a version that did not record this
+
+
 class Output:
     """The files of a run. All ranks call its methods together; the main one writes, and all raise its OSError.
 
@@ -68,33 +223,47 @@ class Output:
     def __init__(self, folder):
         self.folder = Path(folder) if folder else None
 
-    def write_run_json(self, content):
-        """Write run.json. `content()` makes the object to write, on the main process alone."""
-        if self.folder:
-            utils.on_main(lambda: utils.write_json(self.folder / "run.json", content()))
+    def write_run_json(self, content, goes_on):
+        """Write run.json. `content()` makes the object to write, on the main process alone.
 
-    def tidy(self, epoch):
-        """Prepare the folder for a run that resumes after this epoch.
+        Where the run `goes_on` in its folder, `earlier` lists what the starts before this one changed or came from.
+        """
+
+        def write():
+            path, record = self.folder / "run.json", content()
+            utils.write_json(path, record | {"earlier": _earlier_starts(path, self.folder) if goes_on else []})
+
+        if self.folder:
+            utils.on_main(write)
+
+    def tidy(self, epoch, logged=()):
+        """Prepare the folder for a run whose log goes on after this epoch.
 
         Temporary files of a killed run are removed; the lines of later epochs, which the run writes again, and
-        incomplete lines are moved out of log.txt.
+        incomplete lines are moved out of log.txt. Those of the epochs in `logged` that it lacks are named.
         """
         if self.folder is None:
             return
-        log = self.folder / "log.txt"
+        log = self.folder / LOG
 
         def tidy_up():
             for leftover in self.folder.glob("*.[0-9]*.tmp"):
                 leftover.unlink()
-            return utils.trim_json_lines(log, epoch)
+            dropped = utils.trim_json_lines(log, epoch)
+            kept = [json.loads(line)["epoch"] for line in log.read_text("utf-8").splitlines()] if log.is_file() else []
+            begun = min(kept, default=max(logged, default=0))  # a fork has no lines of the run it comes from
+            return dropped, [each for each in logged if each >= begun and each not in kept]
 
-        if dropped := utils.on_main(tidy_up):
+        dropped, missing = utils.on_main(tidy_up)
+        if dropped:
             print_main(f"{log}: {dropped} lines are not of epochs up to {epoch}, now in log.dropped.txt.")
+        if missing:
+            print_main(f"Warning: {log} lacks the lines of epochs {', '.join(map(str, missing))}, which were trained.")
 
     def log(self, record):
         """Append an epoch's record to log.txt."""
         if self.folder:
-            utils.on_main(utils.append_json_line, self.folder / "log.txt", record)
+            utils.on_main(utils.append_json_line, self.folder / LOG, record)
 
     def save(self, content, names, keep_previous=True):
         """Write an epoch's checkpoints in the order of `names`.
