@@ -20,6 +20,7 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 import semi_main
+from training import output_folder
 
 CPUS_PER_TASK, GB_PER_TASK = 10, 40
 SIGNAL_AHEAD_S = 120  # from the signal to the time limit
@@ -88,8 +89,11 @@ class Task:
 
     def _resuming_args(self):
         # Without a checkpoint of its own the job starts again as before, perhaps from the checkpoint of another run.
-        has_checkpoint = any(Path(self._job_folder()).glob("checkpoint*.pth"))
-        return _replace(self.args, resume="auto") if has_checkpoint else self.args
+        folder = self._job_folder()
+        has_checkpoint = any(Path(folder).glob("checkpoint*.pth"))
+        if self.args.overwrite:  # what lies there may be of the run to be overwritten
+            has_checkpoint &= output_folder.begun_by_job(folder, submitit.JobEnvironment().job_id)
+        return _replace(self.args, resume="auto", overwrite=False) if has_checkpoint else self.args
 
     def _job_folder(self):
         return self.args.output_dir.replace("%j", submitit.JobEnvironment().job_id)

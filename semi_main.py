@@ -467,4 +467,5 @@ def main(args):
 
 if __name__ == "__main__":
     sys.excepthook = partial(utils.excepthook, "semi_main.py")
+    utils.interrupt_once()
     main(argparse.ArgumentParser("semi_main.py", parents=[get_args_parser()]).parse_args())

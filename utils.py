@@ -459,6 +459,17 @@ def lost_a_peer(error):
     return dist.is_initialized() and (gloo or isinstance(error, dist.DistBackendError | dist.DistNetworkError))
 
 
+def interrupt_once():
+    """Let SIGINT raise KeyboardInterrupt once: torchrun passes on the one that the terminal has sent to all already."""
+
+    def interrupt(*_):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+
+
 def excepthook(program, kind, error, trace):
     """A `sys.excepthook` (bind `program`, its name): prints one sentence where that is enough, else the traceback.
 
@@ -469,7 +480,6 @@ def excepthook(program, kind, error, trace):
     if dist.is_initialized() and (interrupted or issubclass(kind, Exception)):
         atexit.register(os._exit, 130 if interrupted else 1)
     if interrupted:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun passes on the one that the terminal has already sent
         message = f"{program}: {error or 'stopped'}\n" if is_main() else ""
     elif is_ours(error):
         message = f"{program}: error: {error}\n"

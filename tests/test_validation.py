@@ -69,7 +69,7 @@ HOSTILE = [
     ("optimizer/state", [], "optimizer is"),
     ("optimizer/state/0", 5, "optimizer['state'][0] is 5"),
     ("optimizer/state/99", {}, "optimizer['state'][99] is {}"),
-    ("optimizer/state/0/exp_avg", torch.zeros(3), "state[0]['exp_avg'] is (3,) torch.float32, not (5, 4) torch.float32"),
+    ("optimizer/state/0/exp_avg", torch.zeros(3), "['exp_avg'] is (3,) torch.float32, not (5, 4) torch.float32"),
     ("optimizer/state/0/exp_avg", one_element(), "state[0]['exp_avg'] is (1,)"),
     ("optimizer/state/0/exp_avg", torch.zeros(5, dtype=torch.int64), "torch.int64, not (5, 4) torch.float32"),
     ("optimizer/state/0/exp_avg", torch.zeros(5, device="meta"), "on meta"),
