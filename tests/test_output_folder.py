@@ -12,7 +12,7 @@ import pytest
 
 import run_with_submitit
 import semi_main
-from tests.trees import FORKSERVER, ROOT, SMALL, parse
+from tests.trees import FORKSERVER, ROOT, parse
 from tests.trees import semi_main as run_semi_main
 from training import output_folder
 
@@ -180,12 +180,6 @@ def test_a_requeued_job_that_overwrites_goes_on_with_its_own_checkpoint_alone(tm
 
 
 # ------------------------------------------------------------------------------- whole programs
-
-
-@pytest.fixture(scope="module")
-def words(small_tree):
-    data = ["--data-path", small_tree, "--data-split-file", small_tree / "labelled.txt", "--supervise-only"]
-    return [*SMALL, *data, "--batch-size", "4", "--steps-per-epoch", "1", "--model", "lcnet_035"]
 
 
 def test_two_ranks_are_refused_together_and_evaluation_takes_no_lock(words, holder, tmp_path):

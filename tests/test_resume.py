@@ -13,18 +13,10 @@ import semi_main
 import utils
 from tests.equality import same
 from tests.proofs import prove_resume
-from tests.trees import FORKSERVER, ROOT, SMALL, parse
+from tests.trees import FORKSERVER, ROOT, parse
 from training import checkpoint, output_folder
 
 FILES = ("checkpoint.pth", "best.pth", "epoch_0_checkpoint.pth")
-
-
-@pytest.fixture(scope="module")
-def words(small_tree):
-    tiny = ["--batch-size", "4", "--mu", "0.5", "--steps-per-epoch", "1", "--warmup-epochs", "0"]
-    data = ["--data-path", small_tree, "--data-split-file", small_tree / "labelled.txt", "--semi-start-epoch", "1"]
-    # The smallest of timm's networks, because most of the time goes into checkpoints: they are saved a hundred times.
-    return [*SMALL, *tiny, *data, "--model-ema-decay", "0.5", "--model", "lcnet_035"]
 
 
 def run(words, *more):
