@@ -184,6 +184,14 @@ def files(args):
     return {path.name for path in folder.iterdir()} - {"best.pth"} if args.output_dir else set()
 
 
+def in_the_way(args):
+    """What a run says of a folder that holds another."""
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    Path(args.output_dir, "checkpoint.pth").touch()
+    words = refusal(lambda args: (main(args), "no error")[1])(args)
+    return words.split(":")[0].replace(args.output_dir, "OUT")
+
+
 def in_checkpoint(key):
     def probe(args):
         main(args)
@@ -350,7 +358,8 @@ def augmented_image(args):
     run.labelled.indices[:] = 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(semi_main, "train_one_epoch", lambda *inputs, **_: {"image": next(inputs[3])[0][0]})
-        return run.train_epoch(0)["image"].tolist()
+        run.train_epoch(0)
+        return run.state.pending["image"].tolist()
 
 
 def with_a_broken_image(args):
@@ -552,7 +561,7 @@ FLAGS = {
         None,
         "",
         files,
-        ({"checkpoint.pth", "log.txt", "run.json"}, {"eval.json", *REPORT}),
+        ({"checkpoint.pth", "log.txt", "run.json", "run.lock"}, {"eval.json", *REPORT}),
         SAVED + " --resume CHECKPOINT --epochs 2",
     ),
     "--seed": Row("order", "0", "1", lambda args: list(started(args).labelled_order), None, TINY),
@@ -769,9 +778,10 @@ FLAGS = {
     "--model-ema-decay": Row("step", "0.5", "0.25", average_after_a_step, (0.5, 0.25), TINY),
     "--model-ema-force-cpu": Row("step", None, "", average_device, (None, "cpu")),
     # files
-    "--output_dir": Row("file", [""], "OUT", files, (set(), {"checkpoint.pth", "log.txt", "run.json"}), TINY),
+    "--output_dir": Row("file", [""], "OUT", files, (set(), {"checkpoint.pth", "log.txt", "run.json", "run.lock"}), TINY),
     "--tensorboard": Row("file", None, "", lambda args: "tensorboard" in files(args), (False, True), SAVED),
     "--resume": Row("file", [""], "CHECKPOINT", lambda args: started(args).state.epoch, (-1, 0), TINY),
+    "--overwrite": Row("error", None, "", in_the_way, ("OUT holds another run", "no error"), SAVED),
     "--finetune": Row("network", [""], "RESNET", from_file, (0, RESNET), f"{TINY} {TEN}"),
     **start_rows("dino", "VIT", 39, TWO),
     **start_rows("semiformer", "SEMIFORMER", SEMIFORMER - 4, TWO),

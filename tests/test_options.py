@@ -20,6 +20,7 @@ NEW = {
     "--grad-checkpointing",
     "--hflip",
     "--max-bad-images",
+    "--overwrite",
     "--scale",
     "--steps-per-epoch",
     "--tensorboard",
@@ -81,7 +82,7 @@ def test_defaults_of_a_namespace_are_the_published_ones():
     expected = {row["dest"]: row["default"] for row in KEPT}
     expected |= {"amp": None, "max_bad_images": 0.001, "steps_per_epoch": 0, "unlabelled_path": ""}
     expected |= {"accum_iter": 1, "compile": False, "data_backend": "pil", "grad_checkpointing": False}
-    expected |= {"tensorboard": False, "hflip": 0.5, "scale": [0.08, 1.0]}
+    expected |= {"tensorboard": False, "overwrite": False, "hflip": 0.5, "scale": [0.08, 1.0]}
     expected |= {"device": "cuda" if torch.cuda.is_available() else "cpu"}
     assert vars(parse()) == expected
 

@@ -111,7 +111,7 @@ def make_inat(root, year, train=((2, 7), (0, 8), (2, 9), (1, 10)), val=((0, 11),
         content = {"info": {}, "images": images, "annotations": annotations}
         Path(root, f"{part}{year}.json").write_text(json.dumps(content))
         for c, i in pairs:
-            draw(Path(root, f"train_val{year}", str(c), f"{i}.jpg"), (i, 0, 0))
+            draw(Path(root, f"train_val{year}", str(c), f"{i}.jpg"), (i, 0, 0), size=(32, 32))
 
 
 def make_list(path, root, lines):
@@ -119,7 +119,7 @@ def make_list(path, root, lines):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(line + "\n" for line in lines))
     for line in lines:
-        draw(Path(root, line.replace(",", " ").split()[0]))
+        draw(Path(root, line.replace(",", " ").split()[0]), size=(32, 32))
 
 
 def make_places(root, lists, prefix="", train=2, unlabelled=3, val=2):
