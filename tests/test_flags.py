@@ -56,6 +56,7 @@ TINY = (
     "--cutmix 0 --device cpu"
 )
 SAVED = TINY + " --output_dir OUT"
+OF_A_RUN = {"checkpoint.pth", "log.txt", "run.json", "run.lock"}
 REPORT = {
     prefix + name
     for prefix in ("", "ema_")
@@ -561,7 +562,7 @@ FLAGS = {
         None,
         "",
         files,
-        ({"checkpoint.pth", "log.txt", "run.json", "run.lock"}, {"eval.json", *REPORT}),
+        (OF_A_RUN, {"eval.json", *REPORT}),
         SAVED + " --resume CHECKPOINT --epochs 2",
     ),
     "--seed": Row("order", "0", "1", lambda args: list(started(args).labelled_order), None, TINY),
@@ -778,7 +779,7 @@ FLAGS = {
     "--model-ema-decay": Row("step", "0.5", "0.25", average_after_a_step, (0.5, 0.25), TINY),
     "--model-ema-force-cpu": Row("step", None, "", average_device, (None, "cpu")),
     # files
-    "--output_dir": Row("file", [""], "OUT", files, (set(), {"checkpoint.pth", "log.txt", "run.json", "run.lock"}), TINY),
+    "--output_dir": Row("file", [""], "OUT", files, (set(), OF_A_RUN), TINY),
     "--tensorboard": Row("file", None, "", lambda args: "tensorboard" in files(args), (False, True), SAVED),
     "--resume": Row("file", [""], "CHECKPOINT", lambda args: started(args).state.epoch, (-1, 0), TINY),
     "--overwrite": Row("error", None, "", in_the_way, ("OUT holds another run", "no error"), SAVED),

@@ -13,14 +13,14 @@ SETTINGS = {"derandomize": True, "deadline": None, "database": None, "max_exampl
 
 
 def test_a_short_run_has_no_failure():
-    counts, failures = fuzz.run(310, seed=1)
+    counts, failures = fuzz.run(370, seed=1)
     assert failures == []
     cells = {(kind, damage) for kind, damage, _ in counts}
-    assert len(cells) == 31 and counts.total() == 310
+    assert len(cells) == 37 and counts.total() == 370
     outcomes = Counter()
     for (kind, _, outcome), n in counts.items():
         outcomes[kind, outcome] += n
-    kinds = ("split file", "list", "CSV file", "checkpoint", "flags")
+    kinds = ("split file", "list", "CSV file", "checkpoint", "training state", "flags")
     assert all(outcomes[kind, outcome] >= 2 for kind in kinds for outcome in ("accepted", "refused"))
 
 

@@ -114,7 +114,7 @@ def _filled(own, saved, name):
     if isinstance(own, dict):
         there = set(saved) if isinstance(saved, dict) else set()
         if there - set(own) or {key for key in own if not str(key).startswith("lookahead_")} - there:
-            raise ValueError(f"{name} has {sorted(there)}, not {sorted(own)}")
+            raise ValueError(f"{name} has {sorted(map(str, there))}, not {sorted(map(str, own))}")
         return {key: _filled(own[key], saved[key], f"{name}[{key!r}]") for key in saved}
     if isinstance(own, list | tuple):
         if type(saved) is not type(own) or len(saved) != len(own):

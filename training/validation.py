@@ -7,8 +7,14 @@ from pathlib import PurePath
 
 import torch
 
-_SHOWN = reprlib.Repr()  # short
 PLAIN = bool | int | float | str | PurePath | None
+
+
+def _shown(value):
+    """A value as a few words on one line."""
+    if torch.is_tensor(value):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return " ".join(reprlib.repr(value).split())
 
 
 def check(content, path, keys=None):
@@ -20,7 +26,7 @@ def check(content, path, keys=None):
         keys: the entries to check; None: all of RULES. Whether an entry may be missing is for the caller to decide.
     """
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {_SHOWN.repr(content)} and no training state, so another file is needed.")
+        raise ValueError(f"{path} holds {_shown(content)} and no training state, so another file is needed.")
     for key in keys or RULES:
         if key in content and (fault := RULES[key](content[key])):
             raise ValueError(f"{path} is damaged or no checkpoint of ours, so another file is needed: {key}{fault}")
@@ -52,7 +58,7 @@ def weights_fault(weights):
         return _is_not(weights, "a state dict")
     for name, tensor in weights.items():
         if not isinstance(name, str) or not torch.is_tensor(tensor):
-            return f"[{_SHOWN.repr(name)}]" + _is_not(tensor, "a tensor with a name")
+            return f"[{_shown(name)}]" + _is_not(tensor, "a tensor with a name")
         if fault := _tensor_fault(tensor):
             return f"[{name!r}]{fault}"
     if place := not_finite(weights):
@@ -92,14 +98,14 @@ def _leaves(value, name):
         elif id(each) not in entered:
             entered.add(id(each))
             children = each.items() if isinstance(each, dict) else enumerate(each)
-            pending += [(f"{place}[{_SHOWN.repr(key)}]", child, depth + 1) for key, child in children][::-1]
+            pending += [(f"{place}[{_shown(key)}]", child, depth + 1) for key, child in children][::-1]
 
 
 # --------------------------------------------------------------- rules: value -> the end of a sentence on what is wrong
 
 
 def _is_not(value, wanted):
-    return f" is {_SHOWN.repr(value)}, not {wanted}"
+    return f" is {_shown(value)}, not {wanted}"
 
 
 def _whole(value, least):
@@ -147,7 +153,10 @@ def _optimizer(value):
         return "['param_groups'] names parameters that are no numbers, or twice the same"
     for place, state in value["state"].items():
         if place not in places or not isinstance(state, dict):
-            return f"['state'][{_SHOWN.repr(place)}]" + _is_not(state, "the state of a parameter")
+            return f"['state'][{_shown(place)}]" + _is_not(state, "the state of a parameter")
+        for name, tensor in state.items():
+            if "sq" in str(name) and torch.is_tensor(tensor) and not _tensor_fault(tensor) and (tensor < 0).any():
+                return f"['state'][{place}][{name!r}] is a mean of squares below 0"
     return _tensors_and_numbers(value)
 
 
@@ -194,7 +203,7 @@ def _args(value):
         return _is_not(value, "the flags of a run")
     for name, setting in flags.items():
         if not isinstance(name, str) or not name.isidentifier() or name.startswith("__"):
-            return f" has {_SHOWN.repr(name)}, which is no flag's name"
+            return f" has {_shown(name)}, which is no flag's name"
         for each in setting if isinstance(setting, list | tuple) else [setting]:
             if not isinstance(each, PLAIN):
                 return f"[{name!r}]" + _is_not(setting, "a flag's value")

@@ -2,15 +2,19 @@
 
     python -m tests.proofs.fuzz [--mutations 10000] [--seed 0]
 
-Each case damages a valid split file, list, CSV file, checkpoint or command line. Our readers must either return what
-slow_readers.py returns (for a checkpoint: what was saved) or raise a ValueError or OSError with a one-line message that
-names the file; flags must be accepted as given, or refused in one line that names a word of the command line. Anything
-else, including a warning, is a failure. Prints each failure with its case, then a Markdown table, and exits with status
-1 if there were failures. The same seed gives the same cases.
+Each case damages a valid split file, list, CSV file, checkpoint, training state or command line. Our readers must
+return what slow_readers.py returns (for a checkpoint: what was saved) or raise a ValueError or OSError with a one-line
+message that names the file. A training state is damaged entry by entry and saved whole, with right checksums; a run
+must refuse it likewise, or train with it while every moment has the shape of its parameter. Flags must be accepted as
+given, or refused in one line that names a word of the command line. Anything else, including a warning, is a failure.
+Prints each failure with its case, then a Markdown table, and exits with status 1 if there were failures. The same seed
+gives the same cases.
 """
 
 import argparse
 import contextlib
+import copy
+import functools
 import io
 import random
 import re
@@ -25,12 +29,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.utils import ModelEmaV3
 
 import options
 from images.readers import FileSource, Samples, image_csv, image_list, read_split
 from tests.equality import same
 from tests.proofs import slow_readers
-from training import checkpoint
+from training import checkpoint, optimization
+from training.checkpoint import TrainState
 
 # ------------------------------------------------------------------------------- the valid files
 
@@ -176,6 +182,137 @@ DAMAGE = {
     "bytes inserted": insert_bytes,
 }
 
+# ------------------------------------------------------------------------------- a training state
+
+
+def training_state(seed=0):
+    """A small TrainState after a few steps, as a run has one."""
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3))
+    args = options.get_args_parser().parse_args([])
+    optimizer = optimization.build_optimizer(args, model)
+    scheduler = optimization.build_scheduler(args, optimizer)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    state = TrainState(model, optimizer, scheduler, scaler, ModelEmaV3(model), classes=("a", "b", "c"))
+    for _ in range(3):
+        train_a_step(state)
+    return state
+
+
+@functools.cache
+def _saved_state():
+    return training_state().to_dict(argparse.Namespace(lr=0.1))
+
+
+def train_a_step(state):
+    """One step on noise; raises where the state cannot train."""
+    state.optimizer.zero_grad()
+    state.model(torch.randn(6, 8)).square().mean().backward()
+    state.optimizer.step()
+    state.ema.update(state.model)
+    state.epoch += 1
+    state.scheduler.step(state.epoch)
+
+
+def _places(value, path=()):
+    """The path of every entry of nested dictionaries and lists."""
+    for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+        yield (*path, key)
+        if isinstance(child, dict | list):
+            yield from _places(child, (*path, key))
+
+
+def _at(content, path):
+    for key in path:
+        content = content[key]
+    return content
+
+
+def _junk(rng):
+    shape = tuple(rng.choices((0, 1, 3, 4, 8), k=rng.randrange(3)))
+    tensor = torch.zeros(shape, dtype=rng.choice((torch.float32, torch.float64, torch.int64, torch.bool)))
+    values = (None, True, 5, -1, 2.5, float("nan"), float("inf"), "x", [], {}, [1], {"x": 1}, (), tensor)
+    special = (tensor.to("meta"), torch.zeros(1).expand(4), torch.zeros(99)[50:51])
+    return rng.choice((*values, tensor, *special))
+
+
+def change_element(rng, content, path):
+    """Change one number: another one of the same type, sometimes none that is finite."""
+    value = _at(content, path)
+    if torch.is_tensor(value) and value.numel():
+        value = value.clone()
+        value.view(-1)[rng.randrange(value.numel())] = rng.choice((0, 1, 7)) if not value.is_floating_point() else (
+            rng.choice((0.5, -3.0, 1e30, torch.nan, torch.inf)))  # fmt: skip
+    elif type(value) in (int, float):
+        value = type(value)(rng.choice((-7, 0, 1, 10**9)))
+    _at(content, path[:-1])[path[-1]] = value
+
+
+def cut_entry(rng, content, path):
+    """Cut a tensor, a list or a text."""
+    value = _at(content, path)
+    if torch.is_tensor(value) and value.ndim or isinstance(value, list | str) and value:
+        _at(content, path[:-1])[path[-1]] = value[: rng.randrange(len(value))] if len(value) else value
+
+
+def drop_entry(rng, content, path):
+    """Remove an entry."""
+    del _at(content, path[:-1])[path[-1]]
+
+
+def double_entry(rng, content, path):
+    """Enter a value again under another name, or at the end of its list."""
+    folder = _at(content, path[:-1])
+    if isinstance(folder, list):
+        folder.append(folder[path[-1]])
+    else:
+        folder[rng.choice(("x", 99, "epoch"))] = folder[path[-1]]
+
+
+def swap_entries(rng, content, path):
+    """Exchange two entries."""
+    other = rng.choice([place for place in _places(content) if place[: len(path)] != path[: len(place)]] or [path])
+    one, two = _at(content, path), _at(content, other)
+    _at(content, path[:-1])[path[-1]], _at(content, other[:-1])[other[-1]] = two, one
+
+
+def insert_junk(rng, content, path):
+    """Put a value of any type in the place of an entry."""
+    _at(content, path[:-1])[path[-1]] = _junk(rng)
+
+
+STATE_DAMAGE = dict(
+    zip(DAMAGE, (change_element, cut_entry, drop_entry, double_entry, swap_entries, insert_junk), strict=True)
+)
+
+
+def state_case(path, damage, rng):
+    """Damage a training state, save it whole, resume from it; returns ('accepted' | 'refused' | 'failed', why).
+
+    A state that is accepted must have the shapes of its network, and train.
+    """
+    content = copy.deepcopy(_saved_state())
+    # In a place of any depth, because most entries are deep inside the optimizer.
+    top = rng.choice(list(content))
+    below = [(top,), *((top, *rest) for rest in _places(content[top]))] if isinstance(content[top], dict) else [(top,)]
+    STATE_DAMAGE[damage](rng, content, rng.choice(below))
+    torch.save(content, path)
+    state = training_state(seed=1)
+    with Outcome() as outcome, contextlib.redirect_stdout(io.StringIO()):
+        state.from_dict(checkpoint.read(path), path)
+        shapes = [p.shape for p in state.model.parameters()]
+        train_a_step(state)
+        moments = [each["exp_avg"].shape for each in state.optimizer.state.values()]
+        if sorted(shapes) != sorted(moments):
+            raise AssertionError("the state is not that of its network")
+    if outcome.error is None:
+        return "accepted", ""
+    error = outcome.error
+    if not isinstance(error, ValueError | OSError) or "\n" in str(error) or str(path) not in str(error):
+        return "failed", _shown(error)
+    return "refused", ""
+
+
 # ------------------------------------------------------------------------------- flags
 
 FLAGS = {  # flag: (valid values, invalid values); () stands for a flag without a value
@@ -316,11 +453,14 @@ def run(mutations, seed):
     counts, failures = Counter(), []
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         files = subjects(folder)
-        cells = [(kind, damage) for kind in (*files, "flags") for damage in DAMAGE] + [("flags", "combined")]
+        kinds = (*files, "training state", "flags")
+        cells = [(kind, damage) for kind in kinds for damage in DAMAGE] + [("flags", "combined")]
         for case in range(mutations):
             kind, damage = cells[case % len(cells)]
             rng = random.Random(f"{seed}/{case}")
-            if kind != "flags":
+            if kind == "training state":
+                outcome, why = state_case(Path(folder, "state.pth"), damage, rng)
+            elif kind != "flags":
                 content = DAMAGE[damage](rng, files[kind].valid)
                 outcome, why = file_case(files[kind], content)
             elif damage == "combined":
