@@ -1,6 +1,7 @@
 """Unreadable training images: which were met, how many are tolerated, and what the user is shown."""
 
 from images.decoding import UnreadableImage
+from images.files import printable
 from utils import gather, print_rank
 
 
@@ -60,7 +61,7 @@ class BadImages:
 
     def _check(self, indices):
         if self.too_many(len(indices)):
-            names = [self.source.path(index) for index in sorted(indices)]
+            names = [printable(self.source.path(index)) for index in sorted(indices)]
             raise UnreadableImage(
                 f"At least {len(names)} of {self.total} images in {self.source.root} cannot be read and "
                 f"--max-bad-images allows {self.tolerated}: {', '.join(names[:3])}{', ...' if names[3:] else ''}; "

@@ -13,13 +13,13 @@ from PIL import Image
 
 import semi_main as program
 from datasets import MultiViewDataset
-from images import decoding
-from images.decoding import UnreadableImage, read_rgb
+from images import decoding, files
+from images.decoding import UnreadableImage, read_pixels, read_rgb
 from images.loading import evaluation_loader, read_batches, to_device, training_loader
 from images.readers import FileSource, Samples
 from options import get_args_parser
 from samplers import training_order
-from tests.trees import SMALL, broken_images, draw, make_tree, semi_main
+from tests.trees import SMALL, broken_images, draw, make_tree, semi_main, special_files
 
 torch.set_num_threads(1)
 
@@ -139,10 +139,51 @@ def test_only_what_is_wrong_with_the_file_makes_it_unreadable(tmp_path, monkeypa
     def fails(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(decoding, "open", fails, raising=False)
+    monkeypatch.setattr(files.os, "open", fails)
     with pytest.raises(OSError, match=os.strerror(number)) as refusal:
         read_rgb(tmp_path / "x.png")
     assert isinstance(refusal.value, UnreadableImage) is replaced
+
+
+REGULAR = [b"", b"x", b"\0" * 65_535, bytes(range(256)) * 700]
+
+
+@pytest.mark.parametrize("content", REGULAR, ids=len)
+def test_a_regular_file_is_read_whole(tmp_path, content):
+    (tmp_path / "x").write_bytes(content)
+    assert files.read_regular(tmp_path / "x") == content
+
+
+def test_a_file_that_hides_its_size_is_read_up_to_the_limit(tmp_path, monkeypatch):
+    told = os.stat("/proc/self/status")
+    assert told.st_size == 0 and files.read_regular("/proc/self/status").startswith(b"Name:")
+    (tmp_path / "x").write_bytes(bytes(300_000))
+    asked, read = [], os.read
+    monkeypatch.setattr(files.os, "fstat", lambda descriptor: told)  # the size 0 of a file that has no end
+    monkeypatch.setattr(files.os, "read", lambda descriptor, n: asked.append(n) or read(descriptor, n))
+    assert len(files.read_regular(tmp_path / "x")) == 300_000
+    asked.clear()
+    monkeypatch.setattr(files, "MAX_BYTES", 299_999)
+    with pytest.raises(OSError, match="it is larger than 299,999 bytes"):
+        files.read_regular(tmp_path / "x")
+    assert sum(asked) == 300_000
+
+
+def test_what_is_no_regular_file_is_unreadable_and_does_not_block(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, words in special_files(tmp_path).items():
+        for read in (read_rgb, read_pixels):
+            with pytest.raises(UnreadableImage, match=f"^Cannot read the image {tmp_path / name}: .*{words}"):
+                read(tmp_path / name)
+
+
+def test_names_are_printed_in_one_line_of_utf8(tmp_path):
+    name = os.fsdecode(b"caf\xe9 \x1b[31m\n\xc3\xa9.png")
+    with pytest.raises(UnreadableImage) as refusal:
+        read_rgb(tmp_path / name)
+    assert str(refusal.value) == rf"Cannot read the image {tmp_path}/caf\xe9 \x1b[31m\né.png: No such file or directory"
+    assert [files.printable(text) for text in ("a\u2028b", "日本 🐈\\n", "\ud800")] == [
+        r"a\u2028b", "日本 🐈\\n", r"\ud800"]  # fmt: skip
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
