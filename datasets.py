@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from images import fast_transforms, transforms
-from images.bad_images import BadImages
+from images.bad_images import BadImages, tolerated
 from images.cifar import cifar
 from images.decoding import UnreadableImage, check_turbo
 from images.fashion import fashion
@@ -279,12 +279,6 @@ def _unlabelled(args, data_set, samples, labelled):
     return pool, np.array(others)
 
 
-def _tolerated(args, indices):
-    """How many unreadable images --max-bad-images allows in a list: below 1 a share of it, else a number."""
-    limit = args.max_bad_images
-    return int(limit if limit >= 1 else limit * len(indices) + 1e-9)
-
-
 def build_training_sets(args, semi_supervised):
     """The labelled MultiViewDataset of the flags and, if `semi_supervised`, the unlabelled one, else None.
 
@@ -301,11 +295,12 @@ def build_training_sets(args, semi_supervised):
         raise ValueError(f"--select-ratio {args.select_ratio} labels none of {len(samples)} train images: raise it.")
     labelled, *both = _views(args)
     finish = _finish(args, reprob=args.reprob, remode=args.remode, recount=args.recount)
-    labelled_set = MultiViewDataset(samples, indices, labelled, tolerated=_tolerated(args, indices), finish=finish)
+    allowed = partial(tolerated, args.max_bad_images)
+    labelled_set = MultiViewDataset(samples, indices, labelled, tolerated=allowed(len(indices)), finish=finish)
     if not semi_supervised:
         return labelled_set, None
     pool, others = _unlabelled(args, data_set, samples, indices)
-    return labelled_set, MultiViewDataset(pool, others, *both, tolerated=_tolerated(args, others), finish=finish)
+    return labelled_set, MultiViewDataset(pool, others, *both, tolerated=allowed(len(others)), finish=finish)
 
 
 def build_validation_set(args, classes=None):
