@@ -3,10 +3,13 @@
 import json
 import os
 import random
+import re
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from timm.utils.misc import natural_key
 
@@ -21,7 +24,8 @@ from images.readers import (
     read_split,
     unlabelled_images,
 )
-from tests.trees import draw, make_inat, make_list, paths, tree
+from images.tables import _path_and_target, list_rows
+from tests.trees import draw, make_inat, make_list, paths, special_files, tree
 
 torch.set_num_threads(1)
 
@@ -205,6 +209,7 @@ def split(samples, content):
     ("é\u2028.jpg\n1.jpg", [6, 0]),
     ("\ufeff2.jpg,1,1\r\n", [2]),  # a Windows editor's first bytes
     ("  1.jpg,1,2  \n\t2.jpg\n", [0, 2]),
+    ("./cat//1.jpg\n./2.jpg,1,2\ndog/./same.jpg\n", [0, 2, 5]),
 ])  # fmt: skip
 def test_split_files(samples, content, expected):
     indices = read_split(split(samples, content), samples)
@@ -224,6 +229,7 @@ def test_split_files(samples, content, expected):
     ("/etc/passwd\n", r"line 1: '/etc/passwd' leaves the data folder"),
     ("1.jpg,1,1\n2.jpg,1,2\n1.jpg,9,9\n", r"line 3: '1.jpg' was listed before, in line 1"),
     ("1.jpg\ncat/1.jpg\n", r"line 2: 'cat/1.jpg' was listed before, in line 1"),
+    ("1.jpg\n./cat/1.jpg\n", r"line 2: './cat/1.jpg' was listed before, in line 1"),
     ("", "list.txt lists no image"),
     ("\n \r\n", "list.txt lists no image"),
     (b"1.jpg\ncaf\xe9.jpg\n", "list.txt is not UTF-8"),
@@ -356,9 +362,44 @@ def test_a_list_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("images.readers.Path.read_text", refuse)
+    monkeypatch.setattr("images.tables.read_regular", refuse)
     with pytest.raises(OSError, match="^Cannot read the list x.txt .--split-folder.: Permission denied.$"):
         image_list("x.txt", tmp_path, "--split-folder")
+
+
+@pytest.mark.parametrize("name", ["fifo", "dev_zero", "huge"])
+def test_a_list_that_is_no_regular_file_is_refused_and_does_not_block(samples, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    words = special_files(tmp_path, ".csv")[f"{name}.csv"]
+    file = tmp_path / f"{name}.csv"
+    readers = {"split file": lambda file: read_split(file, samples), "CSV file": image_csv}
+    readers |= {"list": lambda file: image_list(file, tmp_path, "--x"), "folder or CSV file": unlabelled_images}
+    for what, read in readers.items():
+        with pytest.raises(OSError, match=rf"^Cannot read the {what} {file} \(--.*\): {words}[^\n]*\.$"):
+            read(file)
+    (tmp_path / "categories.json").symlink_to(f"{name}.csv")
+    with pytest.raises(OSError, match=f"^Cannot read the file .*categories.json .--data-path.: {words}"):
+        inat(tmp_path, "train", 2018, "name")
+
+
+OLD_PATTERN = re.compile(r"(.+?)(?:\s*,\s*|\s+)(-?[0-9]{1,7})")
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=2000)
+@given(st.text(alphabet="a.,- \t\xa0\x1c\u2028²٣0123456789", max_size=14))
+def test_lines_of_lists_are_taken_apart_as_by_the_pattern_of_old(line):
+    match = OLD_PATTERN.fullmatch(line.strip())
+    assert _path_and_target(line.strip()) == ((match[1], int(match[2])) if match else (line.strip(), -1))
+
+
+@pytest.mark.parametrize("line", ["a.jpg" + 100_000 * " " + "x", "a" + 100_000 * " ," + "x", 100_000 * "1" + "x,1,x"])
+def test_long_lines_end(samples, tmp_path, line):
+    file = split(samples, line + "\n")
+    for read in (lambda: image_list(file, tmp_path, "--x"), lambda: read_split(file, samples)):
+        with pytest.raises(ValueError, match="list.txt, line 1: '") as refusal:
+            read()
+        assert len(str(refusal.value)) < 1000
+    assert list_rows(file, tmp_path, "--x", labelled=False) == ([line], [-1])
 
 
 def test_leaving_entries_of_unlabelled_lists(tmp_path):
@@ -389,12 +430,23 @@ def table(tmp_path, content, name="train.csv"):
     "a.jpg,dog10\nx/b c.jpg,dog2",
     "Path, Label\n".lower() + "a.jpg, dog10 \n\n x/b c.jpg ,dog2\n,\n",
     "\ufeffpath,label\r\na.jpg,dog10\r\n\"x/b c.jpg\",\"dog2\"\r\n",
+    "./a.jpg,dog10\nx//./b c.jpg,dog2",
+    *(f"{header}\na.jpg,dog10\nx/b c.jpg,dog2\n" for header in (
+        "Path,Label", "image,class", "filename, category", "File Name,CLASS", "image_path,target", "img,class_name",
+        "Image")),
 ])  # fmt: skip
 def test_csv_rows(tmp_path, content):
     samples = image_csv(table(tmp_path, content))
     assert paths(samples) == ["a.jpg", "x/b c.jpg"]
     assert samples.classes == ("dog2", "dog10") and samples.targets.tolist() == [1, 0]  # natural order
     assert samples.targets.dtype == np.int64 and samples.source.load(1).size == (12, 10)
+
+
+def test_a_missing_first_image_is_no_header(tmp_path):
+    assert len(image_csv(table(tmp_path, "gone.jpg,cat\na.jpg,cat\n"))) == 2  # training replaces it
+    assert len(image_csv(table(tmp_path, "path,label\ngone,cat\na.jpg,cat\n"))) == 2
+    with pytest.raises(ValueError, match="train.csv: the first row, 'Datei', looks like a header"):
+        unlabelled_images(table(tmp_path, "Datei\na.jpg\n"))
 
 
 def test_any_label(tmp_path):
@@ -426,6 +478,9 @@ def test_rows_without_a_label(tmp_path):
     ("a.jpg,cat\nx/../../b.jpg\n", "line 2: 'x/../../b.jpg' leaves"),
     ("/a.jpg,cat\n", "line 1: '/a.jpg' leaves"),
     ("a.jpg,cat\nb.jpg,cat\na.jpg,dog\n", "line 3: 'a.jpg' was listed before"),
+    ("a.jpg,cat\nb.jpg,cat\n./a.jpg,dog\n", "line 3: './a.jpg' was listed before"),
+    ("Datei,Klasse\na.jpg,cat\n", "train.csv: the first row, 'Datei', looks like a header: name the columns"),
+    ("image,class,split\na.jpg,cat\n", "line 1: 'image': write `path,label`"),
     ('a.jpg,"cat\n', "train.csv, line 1 is not CSV"), ('a.jpg,"cat"s\n', "train.csv, line 1 is not CSV"),
     ("", "train.csv has no row `path,label`"), ("path,label\n", "has no row"), ("a.jpg\nb.jpg,\n", "has no row"),
     (b"a.jpg,caf\xe9\n", "train.csv is not UTF-8"), ("a.jpg,cat\nb\0.jpg,cat", "train.csv is not a text file: line 2"),
