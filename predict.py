@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 
 import utils
 from images.decoding import UnreadableImage, read_rgb
-from images.readers import images_below
+from images.files import printable
+from images.folders import images_below, left_out_words
 from models import fold_batchnorm, pretrained
 
 
@@ -52,14 +53,24 @@ def _collate(items):
 def paths_of(entries):
     """Return the image files that command-line arguments name: files as they are, folders as all images below, sorted.
 
-    Raises ValueError for a folder without images.
+    Pictures below a folder whose format is not read are counted on stderr. Raises ValueError for a folder without
+    images, and OSError for one that cannot be listed.
     """
     paths = []
     for entry in entries:
-        below = sorted(images_below(entry)) if os.path.isdir(entry) else None
-        if below == []:
-            raise ValueError(f"There is no image below {entry}: name image files or a folder that contains some.")
-        paths += [entry] if below is None else [os.path.join(entry, path) for path in below]
+        if not os.path.isdir(entry):
+            paths.append(entry)
+            continue
+        below, left_out = images_below(entry)
+        words = left_out_words(left_out)
+        if not below:
+            raise ValueError(
+                f"There is no image below {entry}{words and f' but {words}'}: "
+                "name image files or a folder that contains some."
+            )
+        if words:
+            sys.stderr.write(f"predict.py: pictures below {printable(entry)} are left out: {words}.\n")
+        paths += [os.path.join(entry, path) for path in sorted(below)]
     return paths
 
 

@@ -4,15 +4,18 @@ import json
 import os
 import posixpath
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from images.decoding import read_pixels, read_rgb
+from images.files import printable
+from images.folders import contains, images_below, is_folder, left_out_words, visible_entries
 from images.tables import LOOKED_AT, check_entry, csv_rows, list_rows, quoted, read_text, split_entries
+from utils import print_main
 
 
 class FileSource:
@@ -89,20 +92,6 @@ class Samples:
 # -------------------------------------------------------------------------------- folders
 
 
-def images_below(root, name=""):
-    """List the paths, relative to `root`, of all images below `root/name`, in any order.
-
-    Hidden files and folders are left out; links to folders are followed.
-    """
-    paths = []
-    for folder, subfolders, files in os.walk(os.path.join(root, name), followlinks=True):
-        subfolders[:] = (each for each in subfolders if not each.startswith("."))
-        names = (file for file in files if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith("."))
-        images = (os.path.join(folder, file) for file in names)
-        paths += (os.path.relpath(path, root).replace(os.sep, "/") for path in images)
-    return paths
-
-
 def _in_natural_order(names):
     """Sort as timm does: case is ignored, and digits compare as numbers. timm's own key fails on names such as '²'."""
 
@@ -118,9 +107,11 @@ def image_folder(root):
     """Read a folder in the layout of ImageNet, `root/<class>/**/<image>`, into Samples.
 
     Classes are in the natural order of their folders' names (class2 before class10, as timm sorts them), images in the
-    order of their paths within the class. Hidden files and folders are left out.
+    order of their paths within the class. Which files are images, `images.folders.images_below` decides; pictures in a
+    format that is not read are counted in a printed line.
 
-    Raises FileNotFoundError if the folder is missing, ValueError if it has no classes or a class has no images.
+    Raises FileNotFoundError if the folder is missing, ValueError if it has no classes, or a class has no images, a name
+    that is not UTF-8, or is a link to a folder above it, and OSError if a folder cannot be listed.
     """
     root = Path(root)
     if not root.is_dir():
@@ -128,17 +119,36 @@ def image_folder(root):
             f"There is no folder {root}: --data-path must hold train/ and val/ with one folder per class, "
             "or train.csv and val.csv."
         )
-    classes = _in_natural_order(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
+    classes = _in_natural_order(entry.name for entry in visible_entries(root) if is_folder(entry))
     if not classes:
         raise ValueError(f"{root} holds no class folders: its images must lie in {root}/<class>/.")
-    paths, targets = [], []
+    paths, targets, left_out = [], [], Counter()
     for target, name in enumerate(classes):
-        files = images_below(root, name)
-        if not files:
-            raise ValueError(f"The class folder {root / name} holds no images: add some or remove it.")
+        files, others = _class_images(root, name)
         paths += sorted(files)
         targets += [target] * len(files)
+        left_out += others
+    _tell_left_out(root, left_out)
     return Samples(FileSource(root, paths), np.array(targets, dtype=np.int64), tuple(classes))
+
+
+def _class_images(root, name):
+    """`images_below` of a class folder, which must hold images and have a name that can be written to a log."""
+    folder = f"The class folder {printable(root / name)}"
+    if any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise ValueError(f"{folder} has a name that is not UTF-8: rename it.")
+    if contains(root / name, root):
+        raise ValueError(f"{folder} is a link to a folder that contains {root}: remove it.")
+    files, left_out = images_below(root, name)
+    if not files:
+        words = left_out_words(left_out)
+        raise ValueError(f"{folder} holds no images{words and f' but {words}'}: add some or remove it.")
+    return files, left_out
+
+
+def _tell_left_out(folder, left_out):
+    if left_out:
+        print_main(f"Pictures below {printable(folder)} are left out: {left_out_words(left_out)}.")
 
 
 def unlabelled_images(path):
@@ -150,13 +160,16 @@ def unlabelled_images(path):
     Raises FileNotFoundError if `path` or each of the first 100 images is missing, and ValueError if there are no images
     or the file is not such a CSV file.
     """
-    path = Path(path)
+    path, left_out = Path(path), Counter()
     if not path.is_dir():
         root, paths = path.parent, list(csv_rows(path, "--unlabelled-path", "folder or CSV file"))
     else:
-        root, paths = path, sorted(images_below(path))
+        root, (paths, left_out) = path, images_below(path)
+        paths.sort()
     if not paths:
-        raise ValueError(f"There is no image in {path} (--unlabelled-path).")
+        words = left_out_words(left_out)
+        raise ValueError(f"There is no image in {path}{words and f' but {words}'} (--unlabelled-path).")
+    _tell_left_out(path, left_out)
     return Samples(_file_source(root, paths, path), np.full(len(paths), -1), ())
 
 
