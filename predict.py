@@ -23,6 +23,7 @@ import utils
 from images.decoding import UnreadableImage, read_rgb
 from images.files import printable
 from images.folders import images_below, left_out_words
+from images.loading import raw_batches
 from models import fold_batchnorm, pretrained
 
 
@@ -91,7 +92,7 @@ def predict(network, view, paths, top=5, batch_size=64, workers=0, device="cpu")
     network = fold_batchnorm(network).to(device, memory_format=torch.channels_last)
     loader = DataLoader(ImageFiles(paths, view), batch_size, num_workers=workers, collate_fn=_collate)
     remaining = iter(paths)
-    for images, errors in loader:
+    for images, errors in raw_batches(loader, "--workers"):
         rows = iter(())
         if images is not None:
             probabilities = sum(network(images.to(device))).softmax(1)
