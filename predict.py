@@ -42,7 +42,7 @@ class ImageFiles:
         except UnreadableImage as error:
             return None, str(error)
         except ValueError as error:  # a size that the view does not accept
-            return None, f"{self.paths[i]}: {error}"
+            return None, f"{printable(self.paths[i])}: {error}"
 
 
 def _collate(items):
