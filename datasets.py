@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from images import fast_transforms, transforms
-from images.bad_images import BadImages
+from images.bad_images import BadImages, tolerated
 from images.cifar import cifar
 from images.decoding import UnreadableImage, check_turbo
 from images.fashion import fashion
@@ -31,12 +31,14 @@ class MultiViewDataset:
         samples: `images.readers.Samples`.
         indices: (n,) places of the chosen images in `samples`.
         transforms: functions of a PIL.Image or, with `finish`, of a uint8 tensor (3, H, W).
+        targets: the target of every image in `samples`, (N,) int64; None: `samples.targets`.
         tolerated: how many different images may be unreadable; None in evaluation.
         finish: what the views leave to the device, (seed, device) -> function of a batch; None: nothing.
     """
 
-    def __init__(self, samples, indices, *transforms, tolerated=None, finish=None):
+    def __init__(self, samples, indices, *transforms, targets=None, tolerated=None, finish=None):
         self.samples, self.indices, self.transforms = samples, np.asarray(indices, dtype=np.int64), transforms
+        self.targets = samples.targets if targets is None else targets
         self.finish, self.bad_images = finish, BadImages(samples.source, len(self.indices), tolerated)
 
     def __len__(self):
@@ -61,7 +63,7 @@ class MultiViewDataset:
                     break
             else:
                 views = [view(image) for view in self.transforms]
-                return (*views, int(self.samples.targets[index]), index), unreadable
+                return (*views, int(self.targets[index]), index), unreadable
         return None, unreadable
 
 
@@ -279,10 +281,18 @@ def _unlabelled(args, data_set, samples, labelled):
     return pool, np.array(others)
 
 
-def _tolerated(args, indices):
-    """How many unreadable images --max-bad-images allows in a list: below 1 a share of it, else a number."""
-    limit = args.max_bad_images
-    return int(limit if limit >= 1 else limit * len(indices) + 1e-9)
+def _truth(samples, labelled, pool):
+    """The classes (N,) of the unlabelled images `pool` by which their pseudo labels are measured; -1: unknown.
+
+    # ours: that of a labelled image counts as unknown, because the network has learned it. Nothing else reads these.
+    """
+    truth = pool.targets.copy()
+    if pool is samples:
+        truth[labelled] = -1
+    elif (classed := np.flatnonzero(truth >= 0)).size:
+        known = {samples.source.identity(i) for i in labelled}
+        truth[[i for i in classed if pool.source.identity(i) in known]] = -1
+    return truth
 
 
 def build_training_sets(args, semi_supervised):
@@ -290,8 +300,8 @@ def build_training_sets(args, semi_supervised):
 
     The unlabelled set is, in its order on disk and the same on every rank: the images of --unlabelled-path, or the
     data set's own list, or all train images, of which `--unlabelDataset_exclude_labeledData` leaves out the labelled
-    ones. Raises FileNotFoundError or ValueError naming file and flag: something is missing or wrong on disk, a flag
-    does not apply to the data set, no image is labelled or none is unlabelled.
+    ones. A labelled image in it has target -1. Raises FileNotFoundError or ValueError naming file and flag: something
+    is missing or wrong on disk, a flag does not apply to the data set, no image is labelled or none is unlabelled.
     """
     data_set = DATA_SETS[args.data_set]
     _check_flags(args, data_set)
@@ -301,11 +311,15 @@ def build_training_sets(args, semi_supervised):
         raise ValueError(f"--select-ratio {args.select_ratio} labels none of {len(samples)} train images: raise it.")
     labelled, *both = _views(args)
     finish = _finish(args, reprob=args.reprob, remode=args.remode, recount=args.recount)
-    labelled_set = MultiViewDataset(samples, indices, labelled, tolerated=_tolerated(args, indices), finish=finish)
+    allowed = partial(tolerated, args.max_bad_images)
+    labelled_set = MultiViewDataset(samples, indices, labelled, tolerated=allowed(len(indices)), finish=finish)
     if not semi_supervised:
         return labelled_set, None
     pool, others = _unlabelled(args, data_set, samples, indices)
-    return labelled_set, MultiViewDataset(pool, others, *both, tolerated=_tolerated(args, others), finish=finish)
+    truth = _truth(samples, indices, pool)
+    return labelled_set, MultiViewDataset(
+        pool, others, *both, targets=truth, tolerated=allowed(len(others)), finish=finish
+    )
 
 
 def build_validation_set(args, classes=None):

@@ -178,7 +178,7 @@ def _data_flags(parser):
         type=float,
         metavar="N",
         help="unreadable training images that others stand in for, at most: below 1 a share of the labelled and of "
-        "the unlabelled list each, else a number of images; 0: none",
+        "the unlabelled list each, but 5 at least, else a number of images; 0: none",
     )
     add(
         "--data-backend",

@@ -21,7 +21,9 @@ from torch.utils.data import DataLoader
 
 import utils
 from images.decoding import UnreadableImage, read_rgb
-from images.readers import images_below
+from images.files import printable
+from images.folders import images_below, left_out_words
+from images.loading import raw_batches
 from models import fold_batchnorm, pretrained
 
 
@@ -40,7 +42,7 @@ class ImageFiles:
         except UnreadableImage as error:
             return None, str(error)
         except ValueError as error:  # a size that the view does not accept
-            return None, f"{self.paths[i]}: {error}"
+            return None, f"{printable(self.paths[i])}: {error}"
 
 
 def _collate(items):
@@ -52,14 +54,24 @@ def _collate(items):
 def paths_of(entries):
     """Return the image files that command-line arguments name: files as they are, folders as all images below, sorted.
 
-    Raises ValueError for a folder without images.
+    Pictures below a folder whose format is not read are counted on stderr. Raises ValueError for a folder without
+    images, and OSError for one that cannot be listed.
     """
     paths = []
     for entry in entries:
-        below = sorted(images_below(entry)) if os.path.isdir(entry) else None
-        if below == []:
-            raise ValueError(f"There is no image below {entry}: name image files or a folder that contains some.")
-        paths += [entry] if below is None else [os.path.join(entry, path) for path in below]
+        if not os.path.isdir(entry):
+            paths.append(entry)
+            continue
+        below, left_out = images_below(entry)
+        words = left_out_words(left_out)
+        if not below:
+            raise ValueError(
+                f"There is no image below {entry}{words and f' but {words}'}: "
+                "name image files or a folder that contains some."
+            )
+        if words:
+            sys.stderr.write(f"predict.py: pictures below {printable(entry)} are left out: {words}.\n")
+        paths += [os.path.join(entry, path) for path in sorted(below)]
     return paths
 
 
@@ -80,7 +92,7 @@ def predict(network, view, paths, top=5, batch_size=64, workers=0, device="cpu")
     network = fold_batchnorm(network).to(device, memory_format=torch.channels_last)
     loader = DataLoader(ImageFiles(paths, view), batch_size, num_workers=workers, collate_fn=_collate)
     remaining = iter(paths)
-    for images, errors in loader:
+    for images, errors in raw_batches(loader, "--workers"):
         rows = iter(())
         if images is not None:
             probabilities = sum(network(images.to(device))).softmax(1)

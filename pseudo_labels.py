@@ -146,7 +146,7 @@ def diagnostics(
 
     Args:
         targets, weights: (U,) each, from `pseudo_label`.
-        truth: true classes (U,) int64, negative where unknown.
+        truth: true classes (U,) int64, negative where unknown, as for the labelled images among them.
         weak_logits: the logits that the pseudo labels were computed from, (U, C) per stream.
 
     Returns:

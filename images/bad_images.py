@@ -1,7 +1,20 @@
 """Unreadable training images: which were met, how many are tolerated, and what the user is shown."""
 
 from images.decoding import UnreadableImage
+from images.files import printable
 from utils import gather, print_rank
+
+LEAST = 5  # so many unreadable images a share of the list allows at least, because every small folder has one
+
+
+def tolerated(limit, total):
+    """How many of `total` images may be unreadable by `--max-bad-images`, from 0.
+
+    A limit below 1 is a share of the list, but of LEAST images at least; from 1 on it is a number of images; 0: none.
+    """
+    if limit >= 1 or limit == 0:
+        return int(limit)
+    return max(LEAST, int(limit * total + 1e-9))
 
 
 class BadImages:
@@ -60,9 +73,9 @@ class BadImages:
 
     def _check(self, indices):
         if self.too_many(len(indices)):
-            names = [self.source.path(index) for index in sorted(indices)]
+            names = [printable(self.source.path(index)) for index in sorted(indices)]
             raise UnreadableImage(
                 f"At least {len(names)} of {self.total} images in {self.source.root} cannot be read and "
-                f"--max-bad-images allows {self.tolerated}: {', '.join(names[:3])}{', ...' if names[3:] else ''}; "
-                "python -m script.check_images finds all."
+                f"--max-bad-images allows {self.tolerated} (a share allows {LEAST} at least): "
+                f"{', '.join(names[:3])}{', ...' if names[3:] else ''}; python -m script.check_images finds all."
             )

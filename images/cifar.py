@@ -1,5 +1,6 @@
 """CIFAR-10 and CIFAR-100 in their format for Python, read without executing anything pickled in them."""
 
+import io
 import pickle
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import download_and_extract_archive
 
 from images.downloads import fetch_folder
+from images.files import read_regular
 from images.readers import ArraySource, Samples
 
 _CIFAR = {"CIFAR10": (CIFAR10, "labels"), "CIFAR100": (CIFAR100, "fine_labels")}
@@ -41,11 +43,13 @@ class _ArraysOnly(pickle.Unpickler):
 def _unpickled(path, *keys):
     """The values of these keys in a pickled dictionary, as arrays."""
     try:
-        with open(path, "rb") as file:
-            content = _ArraysOnly(file, encoding="latin1").load()  # latin1: written by Python 2, bytes kept
+        file = io.BytesIO(read_regular(path))
+        content = _ArraysOnly(file, encoding="latin1").load()  # latin1: written by Python 2, bytes kept
         return [np.asarray(content[key]) for key in keys]
     except FileNotFoundError as error:
         raise FileNotFoundError(f"There is no {path}: take it from CIFAR's archive for Python.") from error
+    except OSError as error:
+        raise OSError(f"Cannot read {path} ({error.strerror}): take it from CIFAR's archive for Python.") from error
     except (pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError, MemoryError) as error:
         raise ValueError(f"{path} is not CIFAR's: {error!r}; take it from CIFAR's archive for Python.") from error
 

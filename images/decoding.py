@@ -11,10 +11,14 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from images.files import printable, read_regular
+
 # Errors of the operating system that concern this one file. Any other, such as too many open files or a stale mount,
 # does not mean that the image is broken.
 _FILE_ERRNOS = {
-    getattr(errno, name) for name in "ENOENT EACCES EPERM EISDIR ENOTDIR ELOOP ENAMETOOLONG ENXIO EIO".split()
+    getattr(errno, name)
+    for name in "ENOENT EACCES EPERM EISDIR ENOTDIR ELOOP ENAMETOOLONG EIO "  # of any path
+    "EAGAIN EBUSY EFBIG EINVAL ENODEV ENXIO".split()  # of what is not a regular file
 }
 # What Pillow raises on broken content, besides OSError. MemoryError is left out: the file may be fine.
 _DECODING_ERRORS = (
@@ -39,12 +43,11 @@ class UnreadableImage(OSError):
 
 def _read_bytes(path):
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        return read_regular(path)
     except OSError as error:
         if error.errno not in _FILE_ERRNOS:
             raise
-        raise UnreadableImage(f"Cannot read the image {path}: {error.strerror}") from error
+        raise UnreadableImage(f"Cannot read the image {printable(path)}: {error.strerror}") from error
 
 
 def _decode(content):
@@ -70,8 +73,9 @@ def read_rgb(path):
     ours: 16-bit grey, which Pillow may load as 32-bit integers (mode I), is reduced to 8 bits by >> 8. Pillow's
     `convert` would clamp all values above 255, although it reduces 16-bit colour to the upper byte as well.
 
-    Raises UnreadableImage, which names the file, if it is missing, may not be read, is not an image, is truncated or
-    has too many pixels. Errors of the operating system that do not concern this one file are not caught.
+    Raises UnreadableImage, which names the file, if it is missing, may not be read, is not a regular file or not an
+    image, is truncated, or has too many pixels or more than images.files.MAX_BYTES. Errors of the operating system that
+    do not concern this one file are not caught.
     """
     return _decode_or_raise(_read_bytes(path), path)
 
@@ -84,9 +88,9 @@ def _decode_or_raise(content, path):
     except (OSError, *_DECODING_ERRORS) as error:
         # The text of UnidentifiedImageError is the memory address of the buffer, which helps nobody.
         unidentified = "it is empty" if not content else "it is not an image that Pillow knows"
-        text = " ".join(str(error).split()) or repr(error)
+        text = printable(" ".join(str(error).split())) or repr(error)
         reason = unidentified if isinstance(error, UnidentifiedImageError) else text
-        raise UnreadableImage(f"Cannot read the image {path}: {reason}") from error
+        raise UnreadableImage(f"Cannot read the image {printable(path)}: {reason}") from error
 
 
 def _jpeg(content):

@@ -10,6 +10,7 @@ import numpy as np
 from torchvision.datasets import FashionMNIST
 
 from images.downloads import fetch_folder
+from images.files import read_regular
 from images.readers import ArraySource, Samples
 
 CLASSES = tuple(FashionMNIST.classes)
@@ -66,7 +67,7 @@ def _array(folder, name):
     if path is None:
         raise FileNotFoundError(f"There is no {folder / name}[.gz]: put Fashion-MNIST's four idx files there.")
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        content = gzip.decompress(read_regular(path)) if path.suffix == ".gz" else read_regular(path)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is damaged ({error}): fetch it again.") from error
     if hashlib.sha256(content).hexdigest() != _sums(folder).get(name):

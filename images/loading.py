@@ -4,8 +4,11 @@ Every image's random draws depend on (seed, epoch, rank, stream, place in the ep
 of workers never changes a batch.
 """
 
+import os
 import signal
 from array import array
+from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch.utils.data import DataLoader, default_collate
@@ -72,21 +75,70 @@ def evaluation_loader(dataset, batch_size, *, world, rank, num_workers, pin_memo
     )
 
 
-def _block_sigterm(_worker):
-    # In the worker, because Python unblocks SIGTERM in a process that is not forked.
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+_OPEN_FILES = "too many files are open: raise the limit (ulimit -n 65536), or"
+_SHARED_MEMORY = "shared memory (/dev/shm) is full: enlarge it (docker run --shm-size=8g), or"
+# Words of an error where the machine is exhausted: what the user is told. The first that occur count.
+_EXHAUSTED = {
+    "Too many open files": _OPEN_FILES,
+    "ancdata": _OPEN_FILES,  # "received 0 items of ancdata": a descriptor that did not arrive
+    "Bus error": _SHARED_MEMORY,
+    "shared memory": _SHARED_MEMORY,
+    "No space left on device": _SHARED_MEMORY,
+    "signal: Killed": "a worker was killed, perhaps for lack of memory:",
+}
+
+
+def _texts(error):
+    """The messages of an error and of those that it came from, one after the other."""
+    while error is not None:
+        yield str(error)
+        error = error.__cause__ or error.__context__
+
+
+def raw_batches(loader, flag="--num_workers"):
+    """Yield the batches of a DataLoader whose workers leave the signals of a terminal and of Slurm to this process.
+
+    Args:
+        flag: the command-line flag that sets the number of workers, for the error message.
+    Raises OSError, one sentence that says what to do, where the workers exhaust shared memory, open files or memory.
+    """
+    try:
+        _check_open_files(loader.num_workers)
+        yield from _start(loader)
+    except (OSError, RuntimeError) as error:
+        found = "\n".join(_texts(error))
+        advice = next((advice for words, advice in _EXHAUSTED.items() if words in found), None)
+        if advice is None:
+            raise
+        raise OSError(f"Loading images failed, because {advice} pass fewer {flag} (0: none).") from error
+
+
+def _check_open_files(workers):
+    """Raise OSError where there is no room for the files of so many workers.
+
+    A worker inherits those of this process. Where it cannot open the files that a batch is shared by, it loses the
+    batch, and the loader would wait for it forever.
+    """
+    with ExitStack() as files:
+        for _ in range(workers and 40 + 8 * workers):
+            files.enter_context(open(os.devnull))
+
+
+def _block(signals, _worker):
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
 
 
 def _start(loader):
-    """The loader's iterator; its workers ignore SIGUSR2, and SIGTERM where this process handles that signal.
+    """The loader's iterator; its workers ignore SIGINT and SIGUSR2, and SIGTERM where this process handles that signal.
 
-    Slurm sends its signals to all processes of a job, and a worker that ended would make its loader fail. Workers
-    inherit a signal mask however they are started, a handler only when they are forked. They end with their loader or
-    with their parent.
+    Ctrl-C in a terminal and Slurm send a signal to all processes of a job, and a worker that ended would make its
+    loader fail. Workers inherit a signal mask however they are started, a handler only when they are forked. They end
+    with their loader or with their parent.
     """
-    if callable(signal.getsignal(signal.SIGTERM)):  # as in a task of submitit, which ignores SIGTERM
-        loader.worker_init_fn = _block_sigterm
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+    # These are blocked in the worker, because Python unblocks them in a process that is not forked.
+    handled = callable(signal.getsignal(signal.SIGTERM))  # as in a task of submitit, which ignores SIGTERM
+    loader.worker_init_fn = partial(_block, [signal.SIGINT, signal.SIGTERM] if handled else [signal.SIGINT])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGUSR2])
     try:
         return iter(loader)
     finally:
@@ -97,10 +149,10 @@ def read_batches(loader):
     """Yield the batches of a loader of this module, lists of tensors.
 
     Unreadable images are recorded in the data set's `bad_images`. Raises UnreadableImage, one sentence, where an
-    image has no stand-in or more are unreadable than are tolerated.
+    image has no stand-in or more are unreadable than are tolerated, and OSError as `raw_batches` does.
     """
     bad_images = loader.dataset.dataset.bad_images
-    for batch, unreadable in _start(loader):
+    for batch, unreadable in raw_batches(loader):
         if batch is None:
             bad_images.refuse(unreadable)
         bad_images.add(unreadable)

@@ -1,18 +1,21 @@
 """Readers of data sets: folders, lists, CSV files and iNaturalist's JSON files become `Samples`."""
 
-import csv
-import io
 import json
 import os
+import posixpath
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from images.decoding import read_pixels, read_rgb
+from images.files import printable
+from images.folders import contains, images_below, is_folder, left_out_words, visible_entries
+from images.tables import LOOKED_AT, check_entry, csv_rows, list_rows, quoted, read_text, split_entries
+from utils import print_main
 
 
 class FileSource:
@@ -89,20 +92,6 @@ class Samples:
 # -------------------------------------------------------------------------------- folders
 
 
-def images_below(root, name=""):
-    """List the paths, relative to `root`, of all images below `root/name`, in any order.
-
-    Hidden files and folders are left out; links to folders are followed.
-    """
-    paths = []
-    for folder, subfolders, files in os.walk(os.path.join(root, name), followlinks=True):
-        subfolders[:] = (each for each in subfolders if not each.startswith("."))
-        names = (file for file in files if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith("."))
-        images = (os.path.join(folder, file) for file in names)
-        paths += (os.path.relpath(path, root).replace(os.sep, "/") for path in images)
-    return paths
-
-
 def _in_natural_order(names):
     """Sort as timm does: case is ignored, and digits compare as numbers. timm's own key fails on names such as '²'."""
 
@@ -118,9 +107,11 @@ def image_folder(root):
     """Read a folder in the layout of ImageNet, `root/<class>/**/<image>`, into Samples.
 
     Classes are in the natural order of their folders' names (class2 before class10, as timm sorts them), images in the
-    order of their paths within the class. Hidden files and folders are left out.
+    order of their paths within the class. Which files are images, `images.folders.images_below` decides; pictures in a
+    format that is not read are counted in a printed line.
 
-    Raises FileNotFoundError if the folder is missing, ValueError if it has no classes or a class has no images.
+    Raises FileNotFoundError if the folder is missing, ValueError if it has no classes, or a class has no images, a name
+    that is not UTF-8, or is a link to a folder above it, and OSError if a folder cannot be listed.
     """
     root = Path(root)
     if not root.is_dir():
@@ -128,17 +119,36 @@ def image_folder(root):
             f"There is no folder {root}: --data-path must hold train/ and val/ with one folder per class, "
             "or train.csv and val.csv."
         )
-    classes = _in_natural_order(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
+    classes = _in_natural_order(entry.name for entry in visible_entries(root) if is_folder(entry))
     if not classes:
         raise ValueError(f"{root} holds no class folders: its images must lie in {root}/<class>/.")
-    paths, targets = [], []
+    paths, targets, left_out = [], [], Counter()
     for target, name in enumerate(classes):
-        files = images_below(root, name)
-        if not files:
-            raise ValueError(f"The class folder {root / name} holds no images: add some or remove it.")
+        files, others = _class_images(root, name)
         paths += sorted(files)
         targets += [target] * len(files)
+        left_out += others
+    _tell_left_out(root, left_out)
     return Samples(FileSource(root, paths), np.array(targets, dtype=np.int64), tuple(classes))
+
+
+def _class_images(root, name):
+    """`images_below` of a class folder, which must hold images and have a name that can be written to a log."""
+    folder = f"The class folder {printable(root / name)}"
+    if any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise ValueError(f"{folder} has a name that is not UTF-8: rename it.")
+    if contains(root / name, root):
+        raise ValueError(f"{folder} is a link to a folder that contains {root}: remove it.")
+    files, left_out = images_below(root, name)
+    if not files:
+        words = left_out_words(left_out)
+        raise ValueError(f"{folder} holds no images{words and f' but {words}'}: add some or remove it.")
+    return files, left_out
+
+
+def _tell_left_out(folder, left_out):
+    if left_out:
+        print_main(f"Pictures below {printable(folder)} are left out: {left_out_words(left_out)}.")
 
 
 def unlabelled_images(path):
@@ -150,67 +160,28 @@ def unlabelled_images(path):
     Raises FileNotFoundError if `path` or each of the first 100 images is missing, and ValueError if there are no images
     or the file is not such a CSV file.
     """
-    path = Path(path)
+    path, left_out = Path(path), Counter()
     if not path.is_dir():
-        root, paths = path.parent, list(_csv_rows(path, "--unlabelled-path", "folder or CSV file"))
+        root, paths = path.parent, list(csv_rows(path, "--unlabelled-path", "folder or CSV file"))
     else:
-        root, paths = path, sorted(images_below(path))
+        root, (paths, left_out) = path, images_below(path)
+        paths.sort()
     if not paths:
-        raise ValueError(f"There is no image in {path} (--unlabelled-path).")
+        words = left_out_words(left_out)
+        raise ValueError(f"There is no image in {path}{words and f' but {words}'} (--unlabelled-path).")
+    _tell_left_out(path, left_out)
     return Samples(_file_source(root, paths, path), np.full(len(paths), -1), ())
 
 
-# -------------------------------------------------------------------------------- text files
-
-
-def _read_text(path, what, flag):
-    """Return a file's text; the errors it raises call the file `what` and name the flag that led to it."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # skips the byte order mark that Windows editors write
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise FileNotFoundError(f"There is no {what} {path} ({flag}).") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"The {what} {path} is not UTF-8 text ({error}).") from error
-    except OSError as error:
-        raise OSError(f"Cannot read the {what} {path} ({flag}): {error.strerror}.") from error
-    if "\0" in text:
-        line = text[: text.index("\0")].count("\n") + 1
-        raise ValueError(f"The {what} {path} is not a text file: line {line} contains a null byte.")
-    return text
-
-
-def _lines(path, what, flag):
-    """Yield (number, stripped line) for every line of a file that is not blank."""
-    # splitlines would also split at characters such as U+2028, which file names may contain.
-    for number, line in enumerate(_read_text(path, what, flag).split("\n"), 1):
-        if line.strip():
-            yield number, line.strip()
-
-
-def _check_entry(entry, where, root):
-    """Raise ValueError if an image's listed path is outside of the root folder or cannot be a path."""
-    # Symbolic links inside the folder may lead anywhere: the user made them.
-    if entry.startswith("/") or ".." in entry.split("/"):
-        raise ValueError(f"{where} leaves the data folder: write names or paths relative to {root}.")
-    if "\0" in entry or any("\ud800" <= letter <= "\udfff" for letter in entry):  # JSON can encode both
-        raise ValueError(f"{where} is not a file name: it contains a null byte or an unpaired surrogate.")
+# -------------------------------------------------------------------------------- split files, lists, CSV files
 
 
 def _file_source(root, paths, listed_in):
     """Return a FileSource; FileNotFoundError if none of the first 100 files exists, as with a wrong --data-path."""
     source = FileSource(root, paths)
-    if not any(os.path.isfile(os.path.join(root, path)) for path in paths[:100]):
+    if not any(os.path.isfile(os.path.join(root, path)) for path in paths[:LOOKED_AT]):
         raise FileNotFoundError(f"There is no {Path(root, paths[0])}: paths in {listed_in} are relative to {root}.")
     return source
-
-
-def _split_entries(path):
-    """Yield (line number, image) for every line `image[,shard,index in shard]` of a split file."""
-    for number, line in _lines(path, "split file", "--data-split-file"):
-        image, *columns = line.rsplit(",", 2)
-        # The published lists have two columns of numbers, which are not labels. Other commas belong to the name.
-        has_columns = len(columns) == 2 and all(re.fullmatch(r"\s*[0-9]+\s*", column) for column in columns)
-        yield number, image.strip() if has_columns else line
 
 
 def read_split(path, samples):
@@ -228,10 +199,11 @@ def read_split(path, samples):
         name = relative.rsplit("/", 1)[-1]
         by_name[name] = -1 if name in by_name else i
     found = {}
-    for number, entry in _split_entries(path):
-        where = f"{path}, line {number}: {entry!r}"
-        _check_entry(entry, where, root)
-        index = by_path.get(entry, by_name.get(entry))
+    for number, entry in split_entries(path):
+        where = f"{path}, line {number}: {quoted(entry)}"
+        check_entry(entry, where, root)
+        plain = posixpath.normpath(entry)  # ./a//b.jpg is a/b.jpg
+        index = by_path.get(plain, by_name.get(plain))
         if index is None:
             raise ValueError(f"{where} is not among the {len(samples)} images of {root}.")
         if index < 0:
@@ -242,26 +214,6 @@ def read_split(path, samples):
     if not found:
         raise ValueError(f"The split file {path} lists no image.")
     return np.fromiter(found, dtype=np.int64)
-
-
-# `path target` or `path,target`. A number of more than seven digits is taken for a part of the path.
-_PATH_AND_TARGET = re.compile(r"(.+?)(?:\s*,\s*|\s+)(-?[0-9]{1,7})")
-
-
-def _read_list(path, root, flag, labelled):
-    """Return the paths and the targets of a list's lines; a missing target is -1."""
-    paths, targets = [], []
-    for number, line in _lines(path, "list", flag):
-        match = _PATH_AND_TARGET.fullmatch(line)
-        entry, target = (match[1], int(match[2])) if match else (line, -1)
-        if labelled and target < 0:
-            raise ValueError(f"{path}, line {number}: {line!r} has no class: write `path,target`, target 0 or more.")
-        _check_entry(entry, f"{path}, line {number}: {entry!r}", root)
-        paths.append(entry)
-        targets.append(max(target, -1))
-    if not paths:
-        raise ValueError(f"The list {path} names no image ({flag}).")
-    return paths, targets
 
 
 def image_list(path, root, flag, *others, labelled=True):
@@ -280,38 +232,17 @@ def image_list(path, root, flag, *others, labelled=True):
     Raises FileNotFoundError if a list or each of the first 100 images is missing, and ValueError, which names the line,
     if a target is missing or a path leaves the folder.
     """
-    paths, targets = _read_list(path, root, flag, labelled)
-    largest = max(map(max, [targets, *(_read_list(other, root, flag, True)[1] for other in others)]))
+    paths, targets = list_rows(path, root, flag, labelled)
+    largest = max(map(max, [targets, *(list_rows(other, root, flag, True)[1] for other in others)]))
     return Samples(_file_source(root, paths, path), np.array(targets), tuple(map(str, range(largest + 1))))
-
-
-def _csv_rows(path, flag, what="CSV file"):
-    """Return {image: label} of a CSV file's rows `image,label` or `image`, in its order; a missing label is ''."""
-    rows, reader = {}, csv.reader(io.StringIO(_read_text(path, what, flag)), skipinitialspace=True, strict=True)
-    try:
-        for cells in reader:
-            entry, *label = (cell.strip() for cell in cells or [""])
-            header = not rows and [entry, *label] in (["path"], ["path", "label"])
-            if header or not any([entry, *label]):
-                continue
-            where = f"{path}, line {reader.line_num}: {entry!r}"
-            if len(label) > 1 or not entry:
-                raise ValueError(f"{where}: write `path,label`, with quotes around a value that contains a comma.")
-            _check_entry(entry, where, Path(path).parent)
-            if entry in rows:
-                raise ValueError(f"{where} was listed before: remove one of the two.")
-            rows[entry] = label[0] if label else ""
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num} is not CSV: {error}.") from error
-    return rows
 
 
 def image_csv(path, *unlabelled, complete=False):
     """Read a CSV file with a row `path,label` for every image into Samples.
 
     Args:
-        path: the CSV file; its paths are relative to its folder, a header is optional, and a missing label is
-            target -1.
+        path: the CSV file; its paths are relative to its folder, a header such as `path,label` or `image,class` is
+            optional, and a missing label is target -1.
         unlabelled: further CSV files in the same folder, whose images are appended with target -1; their labels are
             ignored.
         complete: refuse rows without a label.
@@ -320,16 +251,17 @@ def image_csv(path, *unlabelled, complete=False):
         Samples; the classes are the labels in natural order.
 
     Raises FileNotFoundError if a file or each of the first 100 images is missing, and ValueError, which names the file,
-    if an image is listed twice or leaves the folder, no row has a label, or with `complete` a row has none.
+    if an image is listed twice or leaves the folder, the first row looks like an unknown header, no row has a label, or
+    with `complete` a row has none.
     """
-    rows = _csv_rows(path, "--data-path")
+    rows = csv_rows(path, "--data-path")
     missing = [entry for entry, label in rows.items() if not label]
     if len(missing) == len(rows):
         raise ValueError(f"{path} has no row `path,label`: without labels there are no classes.")
     if missing and complete:
-        raise ValueError(f"{path}: {missing[0]!r} has no label: every row needs one here.")
+        raise ValueError(f"{path}: {quoted(missing[0])} has no label: every row needs one here.")
     for file in unlabelled:
-        rows |= {entry: "" for entry in _csv_rows(file, "--data-path") if entry not in rows}
+        rows |= {entry: "" for entry in csv_rows(file, "--data-path") if entry not in rows}
     classes = _in_natural_order(set(rows.values()) - {""})
     index = {"": -1} | {name: i for i, name in enumerate(classes)}
     targets = np.array([index[label] for label in rows.values()])
@@ -340,7 +272,7 @@ def image_csv(path, *unlabelled, complete=False):
 
 
 def _read_json(path):
-    text = _read_text(path, "file", "--data-path")
+    text = read_text(path, "file", "--data-path")
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -379,11 +311,11 @@ def inat(root, part, year, category):
     if unknown := {label for _, label in entries} - set(target_of):
         raise ValueError(f"{file} has classes that train{year}.json lacks: {sorted(unknown)[:10]}.")
     for number, (entry, label) in enumerate(entries):
-        where = f"{file}, image {number} from 0: {entry!r}"
+        where = f"{file}, image {number} from 0: {quoted(entry)}"
         parts = entry.split("/") if isinstance(entry, str) else []
         if len(parts) < 3:
             raise ValueError(f"{where} is not `folder/group/.../file`, whose second component is left out.")
-        _check_entry(entry, where, root)
+        check_entry(entry, where, root)
         paths.append("/".join(parts[:1] + parts[2:]))
         targets.append(target_of[label])
     if not paths:

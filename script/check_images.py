@@ -4,7 +4,8 @@
 
 Prints the reason for each unreadable file, then how many images there are of each mode and how many are unreadable.
 --output writes the paths of the unreadable images, relative to ROOT, one a line. Exits with status 1 if there are any.
-It reads the files that training treats as images: those with a known suffix that are not hidden.
+It reads the files that training treats as images: those that are not hidden and have the extension of a format that
+Pillow reads here. Other pictures, such as .heic, are left out, and counted in a line of their own.
 """
 
 import argparse
@@ -18,7 +19,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from images.decoding import UnreadableImage, read_rgb
-from images.readers import images_below
+from images.files import printable
+from images.folders import images_below, left_out_words
 
 CHUNK = 32  # images that a worker reads at a time
 CONVERSIONS = {  # Pillow mode: how it becomes RGB
@@ -53,19 +55,34 @@ def check(root, paths):
     return results
 
 
-def check_all(root, workers):
-    """Read all images below `root` and show the progress; returns (Counter of conversions, {unreadable path: reason}).
+def find(root, output=None):
+    """(paths of the images below `root`, sorted, what is left out, in words or ''), as `images.folders` finds them.
 
-    Raises FileNotFoundError if there is no such folder, ValueError if it contains no image or `workers` is below 1, and
-    OSError for a failure that is not the fault of an image.
+    Raises FileNotFoundError if there is no such folder, OSError if it cannot be listed, and ValueError if it contains
+    no image or `output` is one of them.
+    """
+    if not Path(root).is_dir():
+        raise FileNotFoundError(f"There is no folder {root}: ROOT must be a folder of images.")
+    paths, left_out = images_below(root)
+    words = left_out_words(left_out)
+    if not paths:
+        raise ValueError(f"There is no image below {root}{words and f' but {words}'}: ROOT must be a folder of images.")
+    if output and os.path.exists(output) and any(_same(output, Path(root, path)) for path in paths):
+        raise ValueError(f"--output {output} is one of the images: name another file.")
+    return sorted(paths), words
+
+
+def _same(output, path):
+    return os.path.exists(path) and os.path.samefile(output, path)
+
+
+def check_all(root, paths, workers):
+    """Read images and show the progress; returns (Counter of conversions, {unreadable path: reason}).
+
+    Raises ValueError if `workers` is below 1, and OSError for a failure that is not the fault of an image.
     """
     if workers < 1:
         raise ValueError(f"--workers {workers} must be at least 1.")
-    if not Path(root).is_dir():
-        raise FileNotFoundError(f"There is no folder {root}: ROOT must be a folder of images.")
-    paths = sorted(images_below(root))
-    if not paths:
-        raise ValueError(f"There is no image below {root}: ROOT must be a folder of images.")
     chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
     counts, unreadable = Counter(), {}
     try:
@@ -90,16 +107,18 @@ def main(argv=None):
     parser.add_argument("--output", metavar="FILE", help="file for the paths of the unreadable images, one a line")
     args = parser.parse_args(argv)
     try:
-        counts, unreadable = check_all(args.root, args.workers)
+        paths, left_out = find(args.root, args.output)
+        counts, unreadable = check_all(args.root, paths, args.workers)
+        total = counts.total() + len(unreadable)
+        rows = [*counts.most_common(), ("unreadable", len(unreadable))]
+        rows.append((f"in total below {printable(args.root)}", total))
+        print(*unreadable.values(), *(f"{count:>10,}  {name}" for name, count in rows), sep="\n")
+        if left_out:
+            print(f"Left out {left_out}.")
         if args.output:
             Path(args.output).write_bytes(b"".join(os.fsencode(path) + b"\n" for path in unreadable))
     except (OSError, ValueError) as error:
         sys.exit(f"check_images.py: error: {error}")
-    total = counts.total() + len(unreadable)
-    rows = [*counts.most_common(), ("unreadable", len(unreadable)), (f"in total below {args.root}", total)]
-    lines = [*unreadable.values(), *(f"{count:>10,}  {name}" for name, count in rows)]
-    # Bytes of a file name that are not UTF-8 are printed as escapes.
-    print("\n".join(lines).encode("utf-8", "backslashreplace").decode())
     return int(bool(unreadable))
 
 

@@ -13,13 +13,14 @@ from PIL import Image
 
 import semi_main as program
 from datasets import MultiViewDataset
-from images import decoding
-from images.decoding import UnreadableImage, read_rgb
+from images import decoding, files
+from images.bad_images import tolerated
+from images.decoding import UnreadableImage, read_pixels, read_rgb
 from images.loading import evaluation_loader, read_batches, to_device, training_loader
 from images.readers import FileSource, Samples
 from options import get_args_parser
 from samplers import training_order
-from tests.trees import SMALL, broken_images, draw, make_tree, semi_main
+from tests.trees import SMALL, broken_images, draw, make_tree, semi_main, special_files
 
 torch.set_num_threads(1)
 
@@ -139,10 +140,51 @@ def test_only_what_is_wrong_with_the_file_makes_it_unreadable(tmp_path, monkeypa
     def fails(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(decoding, "open", fails, raising=False)
+    monkeypatch.setattr(files.os, "open", fails)
     with pytest.raises(OSError, match=os.strerror(number)) as refusal:
         read_rgb(tmp_path / "x.png")
     assert isinstance(refusal.value, UnreadableImage) is replaced
+
+
+REGULAR = [b"", b"x", b"\0" * 65_535, bytes(range(256)) * 700]
+
+
+@pytest.mark.parametrize("content", REGULAR, ids=len)
+def test_a_regular_file_is_read_whole(tmp_path, content):
+    (tmp_path / "x").write_bytes(content)
+    assert files.read_regular(tmp_path / "x") == content
+
+
+def test_a_file_that_hides_its_size_is_read_up_to_the_limit(tmp_path, monkeypatch):
+    told = os.stat("/proc/self/status")
+    assert told.st_size == 0 and files.read_regular("/proc/self/status").startswith(b"Name:")
+    (tmp_path / "x").write_bytes(bytes(300_000))
+    asked, read = [], os.read
+    monkeypatch.setattr(files.os, "fstat", lambda descriptor: told)  # the size 0 of a file that has no end
+    monkeypatch.setattr(files.os, "read", lambda descriptor, n: asked.append(n) or read(descriptor, n))
+    assert len(files.read_regular(tmp_path / "x")) == 300_000
+    asked.clear()
+    monkeypatch.setattr(files, "MAX_BYTES", 299_999)
+    with pytest.raises(OSError, match="it is larger than 299,999 bytes"):
+        files.read_regular(tmp_path / "x")
+    assert sum(asked) == 300_000
+
+
+def test_what_is_no_regular_file_is_unreadable_and_does_not_block(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, words in special_files(tmp_path).items():
+        for read in (read_rgb, read_pixels):
+            with pytest.raises(UnreadableImage, match=f"^Cannot read the image {tmp_path / name}: .*{words}"):
+                read(tmp_path / name)
+
+
+def test_names_are_printed_in_one_line_of_utf8(tmp_path):
+    name = os.fsdecode(b"caf\xe9 \x1b[31m\n\xc3\xa9.png")
+    with pytest.raises(UnreadableImage) as refusal:
+        read_rgb(tmp_path / name)
+    assert str(refusal.value) == rf"Cannot read the image {tmp_path}/caf\xe9 \x1b[31m\né.png: No such file or directory"
+    assert [files.printable(text) for text in ("a\u2028b", "日本 🐈\\n", "\ud800")] == [
+        r"a\u2028b", "日本 🐈\\n", r"\ud800"]  # fmt: skip
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
@@ -203,9 +245,10 @@ def test_only_unreadable_images_end_in_words_not_in_a_circle():
     with pytest.raises(UnreadableImage, match="^None of the 5 images in ROOT can be read.$"):
         numbers(5, range(5))[3]
     with pytest.raises(UnreadableImage, match="^At least 3 of 1000 images in ROOT cannot be read and --max-bad-images "
-                       "allows 2: 3.jpg, 4.jpg, 5.jpg; python -m script.check_images finds all.$"):  # fmt: skip
+                       r"allows 2 \(a share allows 5 at least\): 3.jpg, 4.jpg, 5.jpg; python -m script.check_images "
+                       "finds all.$"):  # fmt: skip
         numbers(1000, range(1000), tolerated=2)[3]
-    with pytest.raises(UnreadableImage, match="^At least 1 .* allows 0: 3.jpg; "):
+    with pytest.raises(UnreadableImage, match=r"^At least 1 .* allows 0 \(.*\): 3.jpg; "):
         numbers(5, {3}, tolerated=0)[3]
 
 
@@ -258,8 +301,9 @@ def test_more_than_tolerated_over_several_steps_end_the_run(workers):
     assert len(epoch(numbers(12, {1, 5, 9}, tolerated=3), workers)) == 3
     with pytest.raises(UnreadableImage) as refusal:
         epoch(numbers(12, {1, 5, 9}, tolerated=2), workers)
-    assert str(refusal.value) == ("At least 3 of 12 images in ROOT cannot be read and --max-bad-images allows 2: "
-                                  "1.jpg, 5.jpg, 9.jpg; python -m script.check_images finds all.")  # fmt: skip
+    assert str(refusal.value) == ("At least 3 of 12 images in ROOT cannot be read and --max-bad-images allows 2 "
+                                  "(a share allows 5 at least): 1.jpg, 5.jpg, 9.jpg; "
+                                  "python -m script.check_images finds all.")  # fmt: skip
 
 
 def test_other_processes_images_count_at_the_end_of_the_epoch(monkeypatch):
@@ -292,12 +336,8 @@ def test_a_workers_error_is_one_sentence(workers):
 
 
 def test_shares_and_numbers_of_tolerated_images():
-    from datasets import _tolerated
-
-    def tolerated(limit, n):
-        return _tolerated(argparse.Namespace(max_bad_images=limit), range(n))
-
-    assert [tolerated(0.001, n) for n in (999, 1000, 128_116, 1_281_167)] == [0, 1, 128, 1281]
+    # The default, a share, allows a handful in every list.
+    assert [tolerated(0.001, n) for n in (4, 471, 5000, 6000, 128_116, 1_281_167)] == [5, 5, 5, 6, 128, 1281]
     assert [tolerated(limit, 100) for limit in (0, 0.29, 1.0, 7.0)] == [0, 29, 1, 7]
 
 
@@ -340,7 +380,7 @@ def test_a_run_goes_on_tells_and_is_the_same_after_a_resume(tree, tmp_path, caps
 
 
 def test_too_many_end_the_program_with_one_sentence(tree):
-    done = semi_main(*RUN, "--data-path", tree, "--data-split-file", tree / "labelled.txt", "--max-bad-images", "0.05",
+    done = semi_main(*RUN, "--data-path", tree, "--data-split-file", tree / "labelled.txt", "--max-bad-images", "0",
                      "--num_workers", "2", check=False)  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("semi_main.py: error: At least 1 of 12 images in ")

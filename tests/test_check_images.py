@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from script import check_images
-from tests.trees import broken_images, draw, forked
+from tests.trees import broken_images, draw, forked, special_files
 
 
 @pytest.fixture(scope="module")
@@ -71,20 +71,50 @@ def test_a_name_that_is_not_utf8(tmp_path, capsys):
     except (OSError, UnicodeEncodeError):
         pytest.skip("this file system wants UTF-8")
     assert check_images.main([str(tmp_path / "images"), "--output", str(tmp_path / "bad.txt")]) == 1
-    assert "caf\\udce9.png: it is empty" in capsys.readouterr().out
+    assert "caf\\xe9.png: it is empty" in capsys.readouterr().out
     assert (tmp_path / "bad.txt").read_bytes() == b"caf\xe9.png\n"
 
 
 @pytest.mark.parametrize("words, message", [
     (["none"], "There is no folder .*none: ROOT must be"), (["empty"], "There is no image below .*empty"),
     (["good", "--workers", "0"], "--workers 0 must be at least 1"), (["good", "--output", "none/x"], "none/x"),
+    (["good", "--output", "good/a.png"], "--output good/a.png is one of the images: name another file"),
+    (["good", "--output", "link"], "--output link is one of the images"),
+    (["other"], "no image below other but 1 .heic, whose format is not read here: ROOT must be"),
 ])  # fmt: skip
 def test_wrong_words_are_one_sentence(tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     draw(tmp_path / "good" / "a.png")
+    (tmp_path / "link").symlink_to("good/a.png")
+    (tmp_path / "other").mkdir(), (tmp_path / "other" / "1.heic").write_text("")
     with pytest.raises(SystemExit, match=f"^check_images.py: error: .*{message}[^\n]*$"):
         check_images.main(words)
+
+
+def test_special_files_and_links_end_and_other_formats_are_read_or_counted(tmp_path, monkeypatch, capsys):
+    (tmp_path / "images").mkdir()
+    monkeypatch.chdir(tmp_path)
+    special = special_files(tmp_path / "images")
+    for name in ("a.gif", "\x1b[2Jb.png"):
+        draw(tmp_path / "images" / name)
+    (tmp_path / "images" / "\x1b[31mc.png").write_text("")
+    (tmp_path / "images" / "1.heic").write_text("")
+    (tmp_path / "images" / "up").symlink_to("..", target_is_directory=True)
+    assert check_images.main(["images", "--workers", "1"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "Cannot read the image images/\\x1b[31mc.png: it is empty" in lines
+    assert {line.split(": ")[0].split("/")[-1] for line in lines[:-5]} == {*special, "\\x1b[31mc.png"}
+    assert [line.split() for line in lines[-5:]] == [
+        "1 RGB".split(), "1 palette, converted to RGB".split(), "7 unreadable".split(),
+        "9 in total below images".split(), "Left out 1 .heic, whose format is not read here.".split()]  # fmt: skip
+
+
+def test_the_results_are_printed_before_a_file_cannot_be_written(tmp_path, capsys):
+    draw(tmp_path / "good" / "a.png")
+    with pytest.raises(SystemExit):
+        check_images.main([str(tmp_path / "good"), "--output", str(tmp_path / "none" / "x")])
+    assert "0  unreadable" in capsys.readouterr().out
 
 
 def test_what_is_no_images_fault_ends_the_check(root, monkeypatch):

@@ -84,6 +84,16 @@ def test_evaluation_needs_the_test_batch_and_the_names(tmp_path, name):
 # -------------------------------------------------------------------------------- hostile and broken files
 
 
+def test_a_file_that_cannot_be_read_is_named_and_does_not_block(tmp_path):
+    make_cifar(tmp_path, "CIFAR10")
+    file = tmp_path / FOLDER["CIFAR10"] / "test_batch"
+    for make, words in ((os.mkfifo, "it is not a regular file"), (os.mkdir, "Is a directory")):
+        file.unlink()
+        make(file)
+        with pytest.raises(OSError, match=f"^Cannot read {file} .{words}.: take it from CIFAR's archive for Python.$"):
+            cifar(tmp_path, "CIFAR10", "val")
+
+
 class Calls:
     """Pickles as a call."""
 

@@ -224,6 +224,41 @@ def test_unlabelled_path(imagenet):
     assert sets(imagenet, *words, "--supervise-only")[1] is None
 
 
+# -------------------------------------------------------------------------------- by what pseudo labels are measured
+
+
+def slow_truth(labelled, unlabelled):
+    """The class of every unlabelled image, -1 for those that are labelled, compared one by one."""
+    known = [labelled.samples.source.identity(i) for i in labelled.indices]
+    source, targets = unlabelled.samples.source, unlabelled.samples.targets.tolist()
+    return [-1 if source.identity(i) in known else target for i, target in enumerate(targets)]
+
+
+def test_the_class_of_a_labelled_image_says_nothing_about_its_pseudo_label(imagenet):
+    words = ["--data-set", "SEMI-IMNET", "--data-split-file", write_split(imagenet, "n02_3.JPEG", "n00_1.JPEG")]
+    labelled, unlabelled = sets(imagenet, *words)
+    assert [unlabelled[i][2] for i in range(12)] == [0, -1, 0, 0, 1, 1, 1, 1, 2, 2, 2, -1]
+    assert [labelled[i][1] for i in range(2)] == [2, 0] and unlabelled.samples is labelled.samples
+    assert unlabelled.targets.tolist() == slow_truth(labelled, unlabelled)
+    _, rest = sets(imagenet, *words, "--unlabelDataset_exclude_labeledData")
+    assert [rest[i][2] for i in range(10)] == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
+    _, others = sets(imagenet, *words, "--unlabelled-path", imagenet / "val")
+    assert others.targets.tolist() == [-1] * 3
+    assert set(sets(imagenet, "--data-set", "SEMI-IMNET")[1].targets.tolist()) == {-1}  # everything is labelled
+
+
+@pytest.mark.parametrize("lines, truth", [
+    (["u_train/0.jpg,1", "u_train/1.jpg", "l_train/0.jpg,0", "./l_train//1.jpg,2", "u_train/2.jpg 3"],
+     [1, -1, -1, -1, 3]),
+    (["u_train/0.jpg", "l_train/0.jpg"], [-1, -1]),
+])  # fmt: skip
+def test_labelled_images_in_a_list_of_its_own(tmp_path, lines, truth):
+    make_semi_inat(tmp_path)
+    (tmp_path / "semi_list" / "semi-unlabel.txt").write_text("\n".join(lines))
+    labelled, unlabelled = sets(tmp_path, "--data-set", "SEMI-INAT")
+    assert unlabelled.targets.tolist() == truth == slow_truth(labelled, unlabelled)
+
+
 # -------------------------------------------------------------------------------- one's own CSV files
 
 
@@ -245,6 +280,7 @@ def test_own_csv_files(own):
     assert labelled.indices.tolist() == [0, 1, 3, 4, 5] and labelled.samples.classes == ("ant", "dog2", "dog10")
     assert [labelled[i][1] for i in range(5)] == [2, 1, 0, 0, 1]
     assert unlabelled.indices.tolist() == list(range(8)) and unlabelled[2][2:] == (-1, 2)
+    assert unlabelled.targets.tolist() == [-1] * 8  # the others have no class, the labelled ones do not count
     assert paths(unlabelled.samples)[5:] == ["i/5.jpg", "u/0.jpg", "u/1.jpg"]
     _, rest = sets(own, "--data-set", "SEMI-IMNET", "--unlabelDataset_exclude_labeledData")
     assert rest.indices.tolist() == [2, 6, 7]
@@ -299,8 +335,8 @@ def test_cifar(tmp_path, name):
         assert labelled.indices.tolist() == first
         assert unlabelled.indices.tolist() == list(range(20))
     strong, weak, target, index = unlabelled[3]
-    assert strong.shape == weak.shape == (3, 32, 32) and (target, index) == (labels[3], 3)
-    assert labelled.transforms == unlabelled.transforms[1:]  # labelled = weak
+    assert strong.shape == weak.shape == (3, 32, 32) and (target, index) == (-1, 3)  # all are labelled
+    assert labelled[3][1:] == (labels[3], 3) and labelled.transforms == unlabelled.transforms[1:]  # labelled = weak
     words = ["--data-set", name, "--select-ratio", 0.25, "--unlabelDataset_exclude_labeledData"]
     labelled, rest = sets(tmp_path, *words)
     assert rest.indices.tolist() == sorted(set(range(20)) - set(labelled.indices.tolist()))
@@ -329,8 +365,8 @@ def test_fashion(tmp_path):
     assert labelled.indices.tolist() == [31, 7]
     assert rest.indices.tolist() == [i for i in range(40) if i not in (7, 31)]
     assert labelled.transforms == rest.transforms[1:]  # labelled = weak
-    strong, weak, target, index = unlabelled[13]
-    assert strong.shape == weak.shape == (3, 32, 32) and (target, index) == (labels[13], 13) == (3, 13)
+    strong, weak, target, index = unlabelled[23]
+    assert strong.shape == weak.shape == (3, 32, 32) and (target, index) == (labels[23], 23) == (3, 23)
     views = build_validation_set(flags("--data-path", tmp_path, "--input-size", 48, "--data-set", "FASHION"))
     assert len(views) == 6 and views[5][0].shape == (3, 48, 48) and views[5][1:] == (5, 5)
     (tmp_path / "list.txt").write_text("40\n")

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+from script import compare_runs, plot_log
 from semi_main import main
 from tests.equality import same
 from tests.trees import ROOT, SMALL, forked, make_tree, parse, ranks, semi_main
@@ -143,6 +144,21 @@ def test_eval_needs_val_and_the_checkpoint_alone_and_a_published_file_does(two_r
     assert result["acc1"] == pytest.approx(log(out)[-1]["test_acc1"]) and "ema" in result
     printed = capsys.readouterr().out
     assert f"raw top-1 {result['acc1']:.3f}" in printed and "whose class 1 is 'dog' there and 'class1' here" in printed
+
+
+def test_pseudo_labels_without_a_known_class_have_no_accuracy(tree, tmp_path, capsys):
+    (tmp_path / "images").symlink_to(tree)
+    rows = [f"images/train/class{c}/c{c}_{i}.png{f',class{c}' if i < 8 else ''}" for c in range(3) for i in range(12)]
+    (tmp_path / "train.csv").write_text("\n".join(rows))
+    (tmp_path / "val.csv").write_text("\n".join(f"images/val/class{c}/c{c}_0.png,class{c}" for c in range(3)))
+    words = [*RUN, "--data-path", tmp_path, "--epochs", "1", "--steps-per-epoch", "2", "--threshold", "0"]
+    run_main(*words, "--output_dir", tmp_path / "out", "--tensorboard")
+    (record,) = log(tmp_path / "out")
+    assert record["train_pseudo_acc"] is None and record["train_mask_rate"] == 1
+    assert "mask_rate" in (printed := capsys.readouterr().out) and "pseudo_acc" not in printed
+    (run,) = compare_runs.read_runs([tmp_path / "out"])
+    assert compare_runs.mean_and_deviation([run], "train_pseudo_acc") == "-"
+    assert plot_log.points(run.log, "train_pseudo_acc") == ((), ())
 
 
 @pytest.mark.parametrize(

@@ -629,7 +629,7 @@ FLAGS = {
     ),
     "--unlabelled-path": Row("data", [""], "TREE3", lambda args: len(started(args).unlabelled), (8, 18), TINY),
     "--max-bad-images": Row(
-        "data", "0.2", "0.25", with_a_broken_image, ("At least 1 of 4 images", "the second stands in"), TINY
+        "data", "0", "0.25", with_a_broken_image, ("At least 1 of 4 images", "the second stands in"), TINY
     ),
     "--data-backend": Row(
         "loader", "pil", "fast", lambda args: started(args).labelled[0][0].dtype, (torch.float32, torch.uint8), TINY

@@ -1,18 +1,27 @@
 """Loaders: exactly the steps asked for, draws that workers never change, each image evaluated once."""
 
+import errno
+import multiprocessing
+import os
 import random
+import resource
+import signal
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch._utils import ExceptionWrapper
+from torch.utils.data import DataLoader
 
 import utils
 from images import loading
 from images.bad_images import BadImages
-from images.loading import evaluation_loader, read_batches, to_device, training_loader
+from images.loading import evaluation_loader, raw_batches, read_batches, to_device, training_loader
 from samplers import training_order
-from utils import derived_seed, seed_everything
+from tests.trees import FORKSERVER
+from utils import derived_seed, is_ours, seed_everything
 
 torch.set_num_threads(1)
 
@@ -159,6 +168,114 @@ def test_batches_are_finished_on_the_device_in_their_order():
     finished = list(to_device(loader, torch.device("cpu"), finish, (0, 1, 2)))
     assert [[x.tolist() for x in batch] for batch in finished] == [[[i + 1] * 2, [i]] for i in range(3)]
     assert seeds == [(derived_seed(0, 1, 2), torch.device("cpu"))]
+
+
+# -------------------------------------------------------------------------------- signals and exhausted machines
+
+
+def test_ctrl_c_does_not_reach_the_workers(capfd):
+    loader = training_loader(Drawing(40), training_order(40), 4, 10, seed=0, epoch=0, rank=0, num_workers=2,
+                             pin_memory=False, stream=0)  # fmt: skip
+    reading = read_batches(loader)
+    seen = [next(reading)]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for _ in range(3):
+        for worker in workers:
+            os.kill(worker.pid, signal.SIGINT)
+        seen.append(next(reading))
+    seen += reading
+    assert sorted(index for batch in seen for index in batch[0].tolist()) == list(range(40))
+    for worker in workers:
+        worker.join()
+    assert capfd.readouterr().err == ""
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+MANY_FILES = "too many files are open: raise the limit (ulimit -n 65536), or"
+FULL_MEMORY = "shared memory (/dev/shm) is full: enlarge it (docker run --shm-size=8g), or"
+
+
+def load_with_few_files(limit, workers, told):
+    """Read batches, and keep them, where only so many files may be open; writes down the error."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    try:
+        words = f"{len(batches(n=400, steps=100, workers=workers))} batches"
+    except OSError as error:
+        words = str(error)
+    Path(told).write_text(words)
+
+
+@pytest.mark.parametrize("limit", [20, 90])  # with 20 PyTorch would wait forever, with 90 it would fail in time
+def test_few_open_files_are_one_sentence(tmp_path, limit):
+    process = FORKSERVER.Process(target=load_with_few_files, args=(limit, 2, str(tmp_path / "told")))
+    process.start()
+    process.join(60)
+    process.kill()
+    told = (tmp_path / "told").read_text()
+    assert told == f"Loading images failed, because {MANY_FILES} pass fewer --num_workers (0: none)."
+
+
+def failing(error, workers=2):
+    """(a loader, what `_start` is to do: one batch, then the error, as a worker's or as this process's own)."""
+
+    def start(_):
+        yield "a batch"
+        try:
+            raise error
+        except type(error):
+            if not workers:
+                raise
+            ExceptionWrapper(where="in DataLoader worker process 0").reraise()
+
+    return DataLoader([0], num_workers=workers), start
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("error, words", [
+    (OSError(errno.EMFILE, os.strerror(errno.EMFILE), "x.jpg"), MANY_FILES),
+    (RuntimeError("received 0 items of ancdata"), MANY_FILES),
+    (RuntimeError("unable to open shared memory object </torch_1> in read-write mode: Too many open files (24)"),
+     MANY_FILES),
+    (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: Success (0)"), FULL_MEMORY),
+    (RuntimeError("unable to write to file </torch_1>: No space left on device (28)"), FULL_MEMORY),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. "), FULL_MEMORY),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+     "a worker was killed, perhaps for lack of memory:"),
+])  # fmt: skip
+def test_an_exhausted_machine_is_one_sentence(monkeypatch, workers, error, words):
+    loader, start = failing(error, workers)
+    monkeypatch.setattr(loading, "_start", start)
+    for flag in ("--num_workers", "--workers"):
+        reading = raw_batches(loader, flag)
+        assert next(reading) == "a batch"
+        with pytest.raises(OSError) as told:
+            next(reading)
+        assert str(told.value) == f"Loading images failed, because {words} pass fewer {flag} (0: none)."
+        assert is_ours(told.value)
+
+
+def test_a_worker_that_was_killed_while_a_batch_was_waited_for_is_one_sentence(monkeypatch):
+    def start(_):
+        try:  # as PyTorch: its handler of SIGCHLD interrupts the wait
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. ")
+        except RuntimeError as error:
+            raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly") from error
+        yield
+
+    monkeypatch.setattr(loading, "_start", start)
+    with pytest.raises(OSError, match="^Loading images failed, because shared memory ./dev/shm. is full"):
+        next(raw_batches(failing(None)[0]))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("error", [RuntimeError("something else"), OSError(errno.ESTALE, "Stale file handle")])
+def test_other_errors_of_a_loader_stay_as_they_are(monkeypatch, workers, error):
+    loader, start = failing(error, workers)
+    monkeypatch.setattr(loading, "_start", start)
+    with pytest.raises(type(error), match=str(error.args[-1])) as told:
+        list(raw_batches(loader))
+    assert "Loading images failed" not in str(told.value)
 
 
 class Stream:

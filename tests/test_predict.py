@@ -10,7 +10,7 @@ import predict
 from datasets import build_validation_set
 from engine import evaluate
 from models import build_model, fold_batchnorm, pretrained
-from tests.trees import ROOT, SMALL, broken_images, draw, forked, make_fashion, make_tree, parse
+from tests.trees import ROOT, SMALL, broken_images, draw, forked, make_fashion, make_tree, parse, special_files
 from training import checkpoint
 from training.optimization import mixed_precision
 
@@ -87,6 +87,24 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_are_predicted(tree
     assert all(any(f"{tmp_path}/{name}: " in line for line in lines) for name in named)
 
 
+def test_special_files_and_other_formats_are_named_and_the_rest_is_predicted(file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    special = special_files(tmp_path / "images")
+    for name in ("a.gif", "b.png"):
+        draw(tmp_path / "images" / name)
+    for name in ("1.heic", "2.heic", "notes.txt"):
+        (tmp_path / "images" / name).write_text("")
+    (tmp_path / "images" / "up").symlink_to("..", target_is_directory=True)
+    assert predict.main(["images", "images/fifo.jpg", "--checkpoint", str(file), "--workers", "1"]) == 1
+    printed = capsys.readouterr()
+    assert [row["path"] for row in rows(printed.out)][::3] == ["images/a.gif", "images/b.png"]
+    first, *named, last = printed.err.splitlines()
+    assert first == "predict.py: pictures below images are left out: 2 .heic, whose format is not read here."
+    assert {line.split("/")[1].split(": ")[0] for line in named} == {*special}
+    assert last == "predict.py: Cannot read the image images/fifo.jpg: it is not a regular file"
+
+
 def test_without_names_classes_are_numbers_or_those_of_a_file(tree, file, tmp_path, capsys):
     torch.save(checkpoint.read(file)["model"], tmp_path / "bare.pth")
     words = [str(tree / "val/class0"), "--checkpoint", str(tmp_path / "bare.pth"), "--top", "1"]
@@ -146,7 +164,10 @@ def test_a_file_that_does_not_tell_is_named(file, tmp_path, change, words, messa
 
 
 def test_a_folder_without_images_and_a_missing_file_end_with_a_sentence(tmp_path):
-    with pytest.raises(ValueError, match="There is no image below"):
+    with pytest.raises(ValueError, match="There is no image below .*: name image files or"):
+        predict.paths_of([tmp_path])
+    (tmp_path / "1.heic").write_text("")
+    with pytest.raises(ValueError, match="no image below .* but 1 .heic, whose format is not read here: name image"):
         predict.paths_of([tmp_path])
     (done,) = forked(ROOT / "predict.py", "x.png", "--checkpoint", tmp_path / "none.pth")
     printed = f"predict.py: error: There is no checkpoint {tmp_path}/none.pth.\n"

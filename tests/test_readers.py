@@ -3,13 +3,18 @@
 import json
 import os
 import random
+import re
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from timm.utils.misc import natural_key
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from images.folders import image_extensions, images_below
 from images.readers import (
     ArraySource,
     FileSource,
@@ -21,7 +26,8 @@ from images.readers import (
     read_split,
     unlabelled_images,
 )
-from tests.trees import draw, make_inat, make_list, paths, tree
+from images.tables import _path_and_target, list_rows
+from tests.trees import draw, make_inat, make_list, paths, special_files, tree
 
 torch.set_num_threads(1)
 
@@ -82,6 +88,124 @@ def test_a_link_to_a_folder_is_followed(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "dog").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     assert paths(image_folder(tmp_path / "train")) == ["dog/a.jpg"]
+
+
+def listed(root, name=""):
+    return sorted(images_below(root, name)[0])
+
+
+def test_a_circle_of_links_ends_and_brings_in_no_other_class(tmp_path):
+    train = tree(tmp_path / "train", {"a": ["1.jpg", "x/2.jpg"], "b": ["3.jpg"]})
+    draw(tmp_path / "val" / "a" / "4.jpg")
+    whole = listed(train)
+    assert whole == ["a/1.jpg", "a/x/2.jpg", "b/3.jpg"]
+    links = {"up": "..", "self": ".", "root": tmp_path, "x/up": "..", "x/down": "../x", "loop": "loop"}
+    for name, to in links.items():
+        (train / "a" / name).symlink_to(to, target_is_directory=True)
+    samples = image_folder(train)
+    assert paths(samples) == whole == listed(train) and samples.targets.tolist() == [0, 0, 1]
+    (train / "linked").symlink_to("b", target_is_directory=True)  # two classes with the same images
+    (train / "a" / "too").symlink_to("../b", target_is_directory=True)
+    samples = image_folder(train)
+    assert paths(samples) == ["a/1.jpg", "a/too/3.jpg", "a/x/2.jpg", "b/3.jpg", "linked/3.jpg"]
+    assert samples.targets.tolist() == [0, 0, 0, 1, 2]
+
+
+def test_each_folder_is_listed_once_and_by_its_own_name_if_it_has_one_there(tmp_path):
+    for path in ("root/real/1.jpg", "root/real/deep/2.jpg", "pool/3.jpg", "pool/sub/4.jpg"):
+        draw(tmp_path / path)
+    for name, to in (("a", "real/deep"), ("c", "../pool/sub"), ("b", "../pool"), ("d", "../pool")):
+        (tmp_path / "root" / name).symlink_to(to, target_is_directory=True)
+    (tmp_path / "pool" / "back").symlink_to(tmp_path / "root" / "real", target_is_directory=True)
+    once = ["b/3.jpg", "b/sub/4.jpg", "real/1.jpg", "real/deep/2.jpg"]
+    assert listed(tmp_path / "root") == once
+    (tmp_path / "link").symlink_to("root", target_is_directory=True)
+    assert listed(tmp_path / "link") == once
+
+
+def test_a_class_that_contains_all_is_refused(tmp_path):
+    train = tree(tmp_path / "train", {"a": ["1.jpg"]})
+    for to in (".", "..", tmp_path.parent):
+        (train / "up").symlink_to(to, target_is_directory=True)
+        with pytest.raises(ValueError, match="class folder .*up is a link to a folder that contains .*train: remove"):
+            image_folder(train)
+        (train / "up").unlink()
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied")
+
+    draw(tmp_path / "a" / "1.jpg")
+    monkeypatch.setattr("images.folders.os.scandir", refuse)
+    with pytest.raises(OSError, match=f"^Cannot list the folder {tmp_path}/a .Permission denied.: give access to it.$"):
+        images_below(tmp_path, "a")
+
+
+def old_images_below(root, name=""):
+    """As it was, for torchvision's extensions, without its links in circles."""
+    found = []
+    for folder, subfolders, files in os.walk(os.path.join(root, name), followlinks=True):
+        subfolders[:] = (each for each in subfolders if not each.startswith("."))
+        names = [file for file in files if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")]
+        found += [os.path.relpath(os.path.join(folder, file), root) for file in names]
+    return found
+
+
+def test_files_with_torchvisions_extensions_are_those_that_they_were(tmp_path):
+    rng, parts = random.Random(0), ["a", "B", ".", "é", "K", " ", "jpg", ".jpg", ".PNG", ".tiff", ".Webp", ".txt", "/"]
+    for i in range(400):
+        name = "".join(rng.choices(parts, k=rng.randrange(1, 6))) + rng.choice(["", ".bmp", ".jpeg", "."])
+        path = tmp_path / "root" / f"{i % 7}" / name.strip("/.").replace("/.", "/x.")
+        if not any(parent.is_file() for parent in path.parents) and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"")
+    (tmp_path / "root" / "link").symlink_to("0", target_is_directory=True)
+    (tmp_path / "linked").symlink_to("root/0", target_is_directory=True)
+    (tmp_path / "root" / "0" / "dangling.jpg").symlink_to("nowhere")
+    for root, name in ((tmp_path / "root", "0"), (tmp_path / "root", "link"), (tmp_path / "linked", "")):
+        assert len(listed(root, name)) > 20 and listed(root, name) == sorted(old_images_below(root, name))
+
+
+def test_whatever_pillow_reads_is_an_image(tmp_path, capsys):
+    assert image_extensions() >= {*IMG_EXTENSIONS, ".gif", ".jfif", ".mpo", ".tga", ".apng"}
+    assert not image_extensions() & {".eps", ".ps", ".pdf", ".mpg", ".wmf", ".h5", ".txt", ".csv", ".json", ".svg"}
+    red, green, blue = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    colours = {".gif": blue, ".jfif": green, ".tga": red, ".avif": blue, ".jp2": green}
+    known = sorted(image_extensions() & set(colours))
+    for extension in known:
+        draw(tmp_path / "train" / "a" / f"x{extension}", colours[extension])
+    samples = image_folder(tmp_path / "train")
+    assert paths(samples) == [f"a/x{extension}" for extension in known] and capsys.readouterr().out == ""
+    for i, extension in enumerate(known):
+        assert np.abs(np.subtract(samples.source.load(i).getpixel((3, 3)), colours[extension])).max() <= 4
+
+
+def test_pictures_that_are_not_read_are_counted(tmp_path, capsys, monkeypatch):
+    train = tree(tmp_path / "train", {"a": ["1.jpg"], "b": ["2.jpg"]})
+    for name in "a/1.heic a/x/2.HEIC b/3.heic b/logo.svg b/raw.CR2 a/notes.txt a/.hidden.heic labels.csv".split():
+        (train / name).parent.mkdir(exist_ok=True)
+        (train / name).write_text("")
+    words = f"Pictures below {train} are left out: 3 .heic, 1 .cr2, 1 .svg, whose format is not read here.\n"
+    assert len(image_folder(train)) == 2 and capsys.readouterr().out == words
+    assert len(unlabelled_images(train)) == 2 and capsys.readouterr().out == words
+    monkeypatch.setattr("utils.world_and_rank", lambda: (2, 1))
+    assert len(image_folder(train)) == 2 and capsys.readouterr().out == ""  # the main process tells it once
+    (train / "a" / "1.jpg").unlink()
+    with pytest.raises(ValueError, match="train/a holds no images but 2 .heic, whose format is not read here: add"):
+        image_folder(train)
+    with pytest.raises(ValueError, match="no image in .*a but 2 .heic, whose format is not read here .--unl"):
+        unlabelled_images(train / "a")
+
+
+def test_a_class_whose_name_no_log_could_hold_is_refused(tmp_path):
+    name = os.fsdecode(b"caf\xff")
+    try:
+        draw(tmp_path / "ok" / "1.jpg"), draw(tmp_path / name / "1.jpg")
+    except (OSError, UnicodeEncodeError):
+        pytest.skip("this file system wants UTF-8")
+    with pytest.raises(ValueError, match=r"^The class folder .*/caf\\xff has a name that is not UTF-8: rename it.$"):
+        image_folder(tmp_path)
 
 
 def test_wrong_folders_are_named(tmp_path):
@@ -205,6 +329,7 @@ def split(samples, content):
     ("é\u2028.jpg\n1.jpg", [6, 0]),
     ("\ufeff2.jpg,1,1\r\n", [2]),  # a Windows editor's first bytes
     ("  1.jpg,1,2  \n\t2.jpg\n", [0, 2]),
+    ("./cat//1.jpg\n./2.jpg,1,2\ndog/./same.jpg\n", [0, 2, 5]),
 ])  # fmt: skip
 def test_split_files(samples, content, expected):
     indices = read_split(split(samples, content), samples)
@@ -224,6 +349,7 @@ def test_split_files(samples, content, expected):
     ("/etc/passwd\n", r"line 1: '/etc/passwd' leaves the data folder"),
     ("1.jpg,1,1\n2.jpg,1,2\n1.jpg,9,9\n", r"line 3: '1.jpg' was listed before, in line 1"),
     ("1.jpg\ncat/1.jpg\n", r"line 2: 'cat/1.jpg' was listed before, in line 1"),
+    ("1.jpg\n./cat/1.jpg\n", r"line 2: './cat/1.jpg' was listed before, in line 1"),
     ("", "list.txt lists no image"),
     ("\n \r\n", "list.txt lists no image"),
     (b"1.jpg\ncaf\xe9.jpg\n", "list.txt is not UTF-8"),
@@ -356,9 +482,44 @@ def test_a_list_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("images.readers.Path.read_text", refuse)
+    monkeypatch.setattr("images.tables.read_regular", refuse)
     with pytest.raises(OSError, match="^Cannot read the list x.txt .--split-folder.: Permission denied.$"):
         image_list("x.txt", tmp_path, "--split-folder")
+
+
+@pytest.mark.parametrize("name", ["fifo", "dev_zero", "huge"])
+def test_a_list_that_is_no_regular_file_is_refused_and_does_not_block(samples, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    words = special_files(tmp_path, ".csv")[f"{name}.csv"]
+    file = tmp_path / f"{name}.csv"
+    readers = {"split file": lambda file: read_split(file, samples), "CSV file": image_csv}
+    readers |= {"list": lambda file: image_list(file, tmp_path, "--x"), "folder or CSV file": unlabelled_images}
+    for what, read in readers.items():
+        with pytest.raises(OSError, match=rf"^Cannot read the {what} {file} \(--.*\): {words}[^\n]*\.$"):
+            read(file)
+    (tmp_path / "categories.json").symlink_to(f"{name}.csv")
+    with pytest.raises(OSError, match=f"^Cannot read the file .*categories.json .--data-path.: {words}"):
+        inat(tmp_path, "train", 2018, "name")
+
+
+OLD_PATTERN = re.compile(r"(.+?)(?:\s*,\s*|\s+)(-?[0-9]{1,7})")
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=2000)
+@given(st.text(alphabet="a.,- \t\xa0\x1c\u2028²٣0123456789", max_size=14))
+def test_lines_of_lists_are_taken_apart_as_by_the_pattern_of_old(line):
+    match = OLD_PATTERN.fullmatch(line.strip())
+    assert _path_and_target(line.strip()) == ((match[1], int(match[2])) if match else (line.strip(), -1))
+
+
+@pytest.mark.parametrize("line", ["a.jpg" + 100_000 * " " + "x", "a" + 100_000 * " ," + "x", 100_000 * "1" + "x,1,x"])
+def test_long_lines_end(samples, tmp_path, line):
+    file = split(samples, line + "\n")
+    for read in (lambda: image_list(file, tmp_path, "--x"), lambda: read_split(file, samples)):
+        with pytest.raises(ValueError, match="list.txt, line 1: '") as refusal:
+            read()
+        assert len(str(refusal.value)) < 1000
+    assert list_rows(file, tmp_path, "--x", labelled=False) == ([line], [-1])
 
 
 def test_leaving_entries_of_unlabelled_lists(tmp_path):
@@ -389,12 +550,23 @@ def table(tmp_path, content, name="train.csv"):
     "a.jpg,dog10\nx/b c.jpg,dog2",
     "Path, Label\n".lower() + "a.jpg, dog10 \n\n x/b c.jpg ,dog2\n,\n",
     "\ufeffpath,label\r\na.jpg,dog10\r\n\"x/b c.jpg\",\"dog2\"\r\n",
+    "./a.jpg,dog10\nx//./b c.jpg,dog2",
+    *(f"{header}\na.jpg,dog10\nx/b c.jpg,dog2\n" for header in (
+        "Path,Label", "image,class", "filename, category", "File Name,CLASS", "image_path,target", "img,class_name",
+        "Image")),
 ])  # fmt: skip
 def test_csv_rows(tmp_path, content):
     samples = image_csv(table(tmp_path, content))
     assert paths(samples) == ["a.jpg", "x/b c.jpg"]
     assert samples.classes == ("dog2", "dog10") and samples.targets.tolist() == [1, 0]  # natural order
     assert samples.targets.dtype == np.int64 and samples.source.load(1).size == (12, 10)
+
+
+def test_a_missing_first_image_is_no_header(tmp_path):
+    assert len(image_csv(table(tmp_path, "gone.jpg,cat\na.jpg,cat\n"))) == 2  # training replaces it
+    assert len(image_csv(table(tmp_path, "path,label\ngone,cat\na.jpg,cat\n"))) == 2
+    with pytest.raises(ValueError, match="train.csv: the first row, 'Datei', looks like a header"):
+        unlabelled_images(table(tmp_path, "Datei\na.jpg\n"))
 
 
 def test_any_label(tmp_path):
@@ -426,6 +598,9 @@ def test_rows_without_a_label(tmp_path):
     ("a.jpg,cat\nx/../../b.jpg\n", "line 2: 'x/../../b.jpg' leaves"),
     ("/a.jpg,cat\n", "line 1: '/a.jpg' leaves"),
     ("a.jpg,cat\nb.jpg,cat\na.jpg,dog\n", "line 3: 'a.jpg' was listed before"),
+    ("a.jpg,cat\nb.jpg,cat\n./a.jpg,dog\n", "line 3: './a.jpg' was listed before"),
+    ("Datei,Klasse\na.jpg,cat\n", "train.csv: the first row, 'Datei', looks like a header: name the columns"),
+    ("image,class,split\na.jpg,cat\n", "line 1: 'image': write `path,label`"),
     ('a.jpg,"cat\n', "train.csv, line 1 is not CSV"), ('a.jpg,"cat"s\n', "train.csv, line 1 is not CSV"),
     ("", "train.csv has no row `path,label`"), ("path,label\n", "has no row"), ("a.jpg\nb.jpg,\n", "has no row"),
     (b"a.jpg,caf\xe9\n", "train.csv is not UTF-8"), ("a.jpg,cat\nb\0.jpg,cat", "train.csv is not a text file: line 2"),

@@ -243,9 +243,9 @@ def test_half_written_files_of_a_killed_attempt_are_removed(in_a_task, monkeypat
 
 
 def dispositions():
-    """Whether SIGUSR2 and SIGTERM are blocked in this process."""
+    """Whether SIGUSR2, SIGTERM and SIGINT are blocked in this process."""
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    return signal.SIGUSR2 in blocked, signal.SIGTERM in blocked
+    return signal.SIGUSR2 in blocked, signal.SIGTERM in blocked, signal.SIGINT in blocked
 
 
 class Asks(torch.utils.data.Dataset):
@@ -277,7 +277,7 @@ def test_a_data_worker_leaves_the_signals_to_its_task(in_a_task, monkeypatch, re
     monkeypatch.setattr(run_with_submitit.semi_main, "main", loads_data)
     signal.signal(signal.SIGTERM, lambda *_: None)  # as submitit does
     Task(job_flags(parse()))()
-    assert got == [[True, True], (False, False)]
+    assert got == [[True, True, True], (False, False, False)]
 
 
 def test_the_signal_waits_until_the_task_has_started():

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import runpy
+import socket
 import struct
 import subprocess
 import sys
@@ -263,3 +264,17 @@ def broken_images(root):
     Path(root, "loop.JPEG").symlink_to("loop.JPEG")
     others = {"folder.JPEG": "Is a directory", "dangling.JPEG": "No such file", "loop.JPEG": "Too many levels"}
     return {name: words for name, (_, words) in kinds.items()} | others
+
+
+def special_files(root, suffix=".jpg"):
+    """What is no regular file of a sensible size, as names in a folder: {name: words of the reason}."""
+    os.mkfifo(Path(root, f"fifo{suffix}"))
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(os.path.relpath(Path(root, f"socket{suffix}")))  # a socket's path must be short
+    for name in ("dev/zero", "dev/ptmx", "proc/self/mem"):
+        Path(root, f"{name.replace('/', '_')}{suffix}").symlink_to(f"/{name}")
+    with open(Path(root, f"huge{suffix}"), "wb") as file:
+        file.truncate(2**30 + 1)  # of which no byte is on the disk
+    reasons = {name: "it is not a regular file" for name in ("fifo", "dev_zero", "dev_ptmx")}
+    reasons |= {"socket": "No such device", "proc_self_mem": "Input/output error", "huge": "it is larger than"}
+    return {f"{name}{suffix}": words for name, words in reasons.items()}

@@ -27,6 +27,11 @@ def stays_inside(entry):
     return entry[:1] != "/" and all(part != ".." for part in entry.split("/"))
 
 
+def plain(entry):
+    """A relative path without parts that lead nowhere: `./a//b` is `a/b`."""
+    return "/".join(part for part in entry.split("/") if part not in ("", ".")) or "."
+
+
 def _is_number(text):
     return text != "" and set(text) <= set(DIGITS)
 
@@ -41,8 +46,8 @@ def split(content, paths):
             line = ",".join(columns[:-2]).strip(BLANKS)
         elif not line:
             continue
-        exact = [i for i, path in enumerate(paths) if path == line]
-        named = exact or [i for i, path in enumerate(paths) if path.split("/")[-1] == line]
+        exact = [i for i, path in enumerate(paths) if path == plain(line)]
+        named = exact or [i for i, path in enumerate(paths) if path.split("/")[-1] == plain(line)]
         if not stays_inside(line) or len(named) != 1 or named[0] in found:
             return None
         found += named
@@ -56,7 +61,7 @@ def path_and_target(line):
     minus = head.endswith("-")
     rest = head[:-1] if minus else head
     path = rest.rstrip(BLANKS)
-    path = path[:-1].rstrip(BLANKS) if path.endswith(",") else path
+    path = path[:-1].rstrip(BLANKS) or path if path.endswith(",") else path
     if not 1 <= len(digits) <= 7 or path == rest or not path:
         return line, -1
     return path, -1 if minus and int(digits) else int(digits)
@@ -107,18 +112,35 @@ def natural(name):
     return [(letters, int(digits) if digits else -1) for letters, digits in parts], name
 
 
+PATH_WORDS = ["path", "file", "filename", "filepath", "image", "imagename", "imagepath", "imagefile", "img", "imgname",
+              "imgpath", "name"]  # fmt: skip
+LABEL_WORDS = ["label", "labels", "class", "classname", "category", "target"]
+
+
+def is_header(row):
+    """Whether a row of one or two cells names the columns."""
+    words = [cell.lower().replace(" ", "").replace("_", "").replace("-", "") for cell in row]
+    return words[0] in PATH_WORDS and (len(row) == 1 or len(row) == 2 and words[1] in LABEL_WORDS)
+
+
 def image_csv(content, root):
     """(paths, targets, classes) of a CSV file of images."""
     text = text_of(content)
-    rows, found = None if text is None else cells(text), {}
+    rows, found, header = None if text is None else cells(text), {}, False
     for row in rows or ():
         row = [cell.strip(BLANKS + "\n") for cell in row]
-        if not any(row) or (not found and row in (["path"], ["path", "label"])):
+        if not any(row):
             continue
-        if len(row) > 2 or not row[0] or row[0] in found or not stays_inside(row[0]):
+        if not found and is_header(row):
+            header = True
+            continue
+        if len(row) > 2 or not row[0] or not stays_inside(row[0]) or plain(row[0]) in found:
             return None
-        found[row[0]] = row[1] if len(row) == 2 else ""
-    if not any(found.values()) or not any(os.path.isfile(f"{root}/{path}") for path in list(found)[:100]):
+        found[plain(row[0])] = row[1] if len(row) == 2 else ""
+    exist = [os.path.isfile(f"{root}/{path}") for path in list(found)[:100]]
+    if not any(found.values()) or not any(exist):
         return None
+    if not exist[0] and not header and "." not in list(found)[0]:
+        return None  # an unknown header
     labels = sorted({label for label in found.values() if label}, key=natural)
     return list(found), [labels.index(label) if label else -1 for label in found.values()], tuple(labels)
