@@ -4,13 +4,66 @@ Flags keep their published names, types and defaults; tests/test_options.py free
 """
 
 import argparse
+import difflib
 import math
+import sys
 
 import torch
 
 from datasets import DATA_SETS
 from pseudo_labels import POLICIES
 from utils import NOT_GIVEN
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that answers mistakes in two lines and remembers which flags were on the command line.
+
+    A flag may be written with dashes or underscores (--output-dir for --output_dir), but not abbreviated. The parsed
+    Namespace has the dest names of the flags that were on the command line as `given`, a sorted list.
+    """
+
+    def __init__(self, *args, **settings):
+        # ours: argparse would silently take --semi for the only flag that begins so, or refuse it once there are two.
+        super().__init__(*args, allow_abbrev=False, **settings)
+
+    def parse_args(self, args=None, namespace=None):
+        """Parse as argparse does; exits with status 2 and two lines for wrong words."""
+        words = self._as_declared(sys.argv[1:] if args is None else args)
+        parsed = super().parse_args(words, namespace)
+        # A default is not set where the Namespace has a value already, so what is no longer `absent` was given.
+        absent = object()
+        seen = super().parse_args(words, argparse.Namespace(**dict.fromkeys(vars(parsed), absent)))
+        parsed.given = sorted(name for name, value in vars(seen).items() if value is not absent)
+        return parsed
+
+    def error(self, message):
+        """Exit with status 2 and two lines: the message, and where the flags are explained."""
+        self.exit(2, f"{self.prog}: error: {message}\nsee {self.prog} --help\n")
+
+    def _as_declared(self, words):
+        """The words, each flag written as it is declared; exits for a flag that there is not."""
+        declared = {flag.replace("_", "-"): flag for flag in self._option_string_actions}
+        end = words.index("--") if "--" in words else len(words)
+        return [*(self._flag_as_declared(word, declared) for word in words[:end]), *words[end:]]
+
+    def _flag_as_declared(self, word, declared):
+        name, equals, value = word.partition("=")
+        flag = declared.get(name.replace("_", "-"))
+        if not word.startswith("--") or " " in word and flag is None:  # argparse takes a word with a space for a value
+            return word
+        if flag is None:
+            self.error(f"unrecognized flag {name}" + self._suggestion(name.replace("_", "-"), declared))
+        return flag + equals + value
+
+    def _suggestion(self, name, declared):
+        shown = {
+            plain: flag
+            for plain, flag in declared.items()
+            if self._option_string_actions[flag].help is not argparse.SUPPRESS
+        }
+        longer = [plain for plain in shown if plain.startswith(name)]
+        close = longer[:3] or difflib.get_close_matches(name, shown, n=1, cutoff=0.7)
+        return f": did you mean {', '.join(shown[plain] for plain in close)}?" if close else ""
 
 
 class NoEffect(argparse.Action):
@@ -31,7 +84,7 @@ def boolean(text):
 
 def get_args_parser():
     """The parser of training and evaluation, a parent of the Slurm launcher's."""
-    parser = argparse.ArgumentParser("Semiformer training and evaluation", add_help=False)
+    parser = Parser("Semiformer training and evaluation", add_help=False)
     for add_flags in (
         _run_flags,
         _network_flags,
@@ -50,6 +103,19 @@ def get_args_parser():
     ):
         add_flags(parser)
     return parser
+
+
+def given(args):
+    """Dest names of the flags on the command line, sorted; in a Namespace made by hand, those not at their default."""
+    if hasattr(args, "given"):
+        return args.given
+    defaults = vars(recorded(get_args_parser().parse_args([])))
+    return sorted(name for name, value in vars(args).items() if name in defaults and value != defaults[name])
+
+
+def recorded(args):
+    """The flags alone, as a Namespace for checkpoints and run.json: without `given`."""
+    return argparse.Namespace(**{name: value for name, value in vars(args).items() if name != "given"})
 
 
 def _group(parser, title):
@@ -568,7 +634,7 @@ def check(args):
             value = _value(args, flag)
             if not holds(value):
                 raise ValueError(f"{flag} {value} {rule}")
-    for name, value in vars(args).items():
+    for name, value in vars(recorded(args)).items():
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 raise ValueError(f"--{name.replace('_', '-')} {number} must be a finite number")

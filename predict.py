@@ -7,12 +7,12 @@ the softmax of the streams' summed logits. The CSV columns are path, rank, class
 be read are named on stderr and left out; the exit status is then 1.
 """
 
-import argparse
 import csv
 import io
 import json
 import os
 import sys
+from argparse import RawDescriptionHelpFormatter
 from contextlib import redirect_stdout
 from functools import partial
 
@@ -23,6 +23,7 @@ import utils
 from images.decoding import UnreadableImage, read_rgb
 from images.readers import images_below
 from models import fold_batchnorm, pretrained
+from options import Parser
 
 
 class ImageFiles:
@@ -106,9 +107,7 @@ def as_text(rows, style):
 
 
 def _parser():
-    parser = argparse.ArgumentParser(
-        "predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("predict.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders of images at any depth")
     pretrained.add_flags(parser)

@@ -35,7 +35,7 @@ HOLD_SIGNAL = (
 
 def get_args_parser():
     """Return the parser of semi_main.py with the eleven flags of the released launcher added."""
-    parser = argparse.ArgumentParser("run_with_submitit.py", parents=[semi_main.get_args_parser()])
+    parser = semi_main.options.Parser("run_with_submitit.py", parents=[semi_main.get_args_parser()])
     # ours: the default is not detected here, because the machine that submits the job often has no GPU.
     parser.set_defaults(device="cuda")
     add = parser.add_argument_group("job").add_argument

@@ -5,7 +5,6 @@
 Source of the loop: DeiT (facebookresearch/deit, main.py); of the method: Weng et al., ECCV 2022.
 """
 
-import argparse
 import math
 import sys
 import time
@@ -235,7 +234,7 @@ class Run:
             print_main("No --output_dir: nothing of this run is saved.")
         self.output.write_run_json(
             lambda: {
-                "args": vars(args),
+                "args": vars(options.recorded(args)),
                 "environment": utils.environment(),
                 "n_parameters": self.n_parameters,
                 "world_size": self.world,
@@ -337,7 +336,7 @@ class Run:
         names += [output_folder.BEST] if state.best["epoch"] == state.epoch else []
         # ours: in every epoch, not in every --evaluate-freq, because a preempted job repeats what follows this file.
         names.append(output_folder.LATEST)
-        self.output.save(lambda: state.to_dict(self.args), names, keep_previous)
+        self.output.save(lambda: state.to_dict(options.recorded(self.args)), names, keep_previous)
 
     def is_fork(self, epoch):
         """Whether ablations fork here: the last epoch before the semi-supervised or the consistency phase."""
@@ -391,4 +390,4 @@ def main(args):
 
 if __name__ == "__main__":
     sys.excepthook = partial(utils.excepthook, "semi_main.py")
-    main(argparse.ArgumentParser("semi_main.py", parents=[get_args_parser()]).parse_args())
+    main(options.Parser("semi_main.py", parents=[get_args_parser()]).parse_args())

@@ -2,12 +2,16 @@
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from options import boolean, check, get_args_parser, labelled_and_unlabelled, requested_amp
+import options
+import predict
+import run_with_submitit
+from options import boolean, check, get_args_parser, labelled_and_unlabelled, recorded, requested_amp
 
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "flags.json").read_text())["semi_main"]
 NO_EFFECT = ("--opt-level", "--cross-attn", "--cnn2trans", "--trans2cnn", "--resplit")
@@ -83,7 +87,7 @@ def test_defaults_of_a_namespace_are_the_published_ones():
     expected |= {"accum_iter": 1, "compile": False, "data_backend": "pil", "grad_checkpointing": False}
     expected |= {"tensorboard": False, "hflip": 0.5, "scale": [0.08, 1.0]}
     expected |= {"device": "cuda" if torch.cuda.is_available() else "cpu"}
-    assert vars(parse()) == expected
+    assert vars(recorded(parse())) == expected
 
 
 def test_every_flag_has_help_with_its_default():
@@ -95,6 +99,102 @@ def test_every_flag_has_help_with_its_default():
             assert "%(default)s" in action.help, flag
     assert "labelled / (labelled + unlabelled)" in actions()["--mu"].help
     assert "(default: 0.166666667)" in get_args_parser().format_help()
+
+
+# -------------------------------------------------------------------------------- the command line
+
+
+def semi_main_parser():
+    return options.Parser("semi_main.py", parents=[get_args_parser()])
+
+
+def refusal(parser, line, capsys):
+    """What a parser prints for a wrong command line, as lines."""
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(line.split())
+    printed = capsys.readouterr()
+    assert (stop.value.code, printed.out) == (2, "")
+    return printed.err.splitlines()
+
+
+@pytest.mark.parametrize("line, message", [
+    ("--thresold 0.8", "unrecognized flag --thresold: did you mean --threshold?"),
+    ("--thresold=0.8", "unrecognized flag --thresold: did you mean --threshold?"),
+    ("--outptu-dir x", "unrecognized flag --outptu-dir: did you mean --output_dir?"),
+    ("--semi 3", "unrecognized flag --semi: did you mean --semi-start-epoch, --semi-lambda, --semiformer-load?"),
+    ("--opt-lev O1", "unrecognized flag --opt-lev: did you mean --opt-eps?"),  # --opt-level is hidden
+    ("--nonsense", "unrecognized flag --nonsense"),
+    ("nonsense", "unrecognized arguments: nonsense"),
+    ("--mu x", "argument --mu: invalid float value: 'x'"),
+    ("--epochs", "argument --epochs: expected one argument"),
+    ("--opt-level O1", "--opt-level had no effect in the published code and does nothing here: leave it out"),
+])  # fmt: skip
+def test_a_mistake_on_the_command_line_is_two_lines(line, message, capsys):
+    first, second = refusal(semi_main_parser(), line, capsys)
+    assert second == "see semi_main.py --help"
+    assert first == f"semi_main.py: error: {message}"
+
+
+@pytest.mark.parametrize("parser, line, name", [
+    (run_with_submitit.get_args_parser(), "--node 3", "run_with_submitit.py"),
+    (run_with_submitit.get_args_parser(), "--amp fp8", "run_with_submitit.py"),
+    (predict._parser(), "x.png --chekpoint a.pth", "predict.py"),
+    (predict._parser(), "", "predict.py"),
+])  # fmt: skip
+def test_so_it_is_in_the_other_programs(parser, line, name, capsys):
+    first, second = refusal(parser, line, capsys)
+    assert first.startswith(f"{name}: error: ") and second == f"see {name} --help"
+
+
+def test_a_flag_is_never_completed(capsys):
+    for flag in ("--thresh", "--batch", "--ev", "--resum"):
+        assert f"unrecognized flag {flag}: did you mean " in refusal(get_args_parser(), f"{flag} 1", capsys)[0]
+
+
+def test_dashes_and_underscores_are_the_same_and_shown_once():
+    for parser in (semi_main_parser(), run_with_submitit.get_args_parser(), predict._parser()):
+        text = parser.format_help()
+        for action in parser._actions:
+            for flag in action.option_strings:
+                dashed, scored = flag.replace("_", "-"), f"--{flag[2:].replace('-', '_')}"
+                if flag != "-h":
+                    assert not any(re.search(rf"{spelled}\b", text) for spelled in {dashed, scored} - {flag})
+                    assert parser._as_declared([dashed, "a_-b", f"{scored}=a_-b"]) == [flag, "a_-b", f"{flag}=a_-b"]
+    args = parse("--output-dir a_b-c --batch_size 3 --num-workers=0 --unlabelDataset-exclude-labeledData --no_amp")
+    assert (args.output_dir, args.batch_size, args.num_workers) == ("a_b-c", 3, 0)
+    assert args.unlabelDataset_exclude_labeledData and args.no_amp
+    assert run_with_submitit.get_args_parser().parse_args(["--job-dir", "x", "--use-volta32"]).job_dir == "x"
+
+
+def test_a_value_may_look_like_a_flag_where_argparse_lets_it():
+    args = run_with_submitit.get_args_parser().parse_args(["--comment", "--no flag", "--job_dir=--batch_size"])
+    assert (args.comment, args.job_dir) == ("--no flag", "--batch_size")
+    assert predict._parser().parse_args(["--checkpoint", "a", "--", "--batch_size"]).images == ["--batch_size"]
+
+
+def test_given_names_the_flags_of_the_command_line_whatever_their_values():
+    assert parse().given == []
+    line = "--batch_size 64 --no-model-ema --scale 0.08 1 --output-dir= --lr 1 --lr 2"
+    assert parse(line).given == ["batch_size", "lr", "model_ema", "output_dir", "scale"]
+    assert semi_main_parser().parse_args(line.split()).given == parse(line).given
+    assert predict._parser().parse_args(["x", "--checkpoint", "a"]).given == ["checkpoint", "images"]
+    launched = run_with_submitit.get_args_parser().parse_args(["--threshold", "0.7", "--nodes", "1"])
+    assert launched.given == ["nodes", "threshold"]
+    assert run_with_submitit._replace(launched, resume="auto").given == ["nodes", "threshold"]
+    assert options.given(parse(line)) == parse(line).given
+
+
+def test_recorded_flags_are_a_plain_namespace_without_given():
+    args = parse("--lr 1")
+    assert type(recorded(args)) is argparse.Namespace
+    assert vars(recorded(args)) == {name: value for name, value in vars(args).items() if name != "given"}
+    assert recorded(recorded(args)) == recorded(args) and args.given == ["lr"]
+
+
+def test_of_a_namespace_made_by_hand_what_differs_from_its_default_was_given():
+    args = argparse.Namespace(**{**vars(recorded(parse())), "epochs": 3, "batch_size": 64, "other": 5})
+    assert options.given(args) == ["epochs"]
+    check(args)
 
 
 def test_parser_serves_as_a_parent():

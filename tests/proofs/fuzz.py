@@ -285,18 +285,19 @@ def flags_case(words, chosen=None, wrong=()):
     if error is None:
         if chosen is None:
             return "accepted", ""
-        expected = vars(options.get_args_parser().parse_args([])) | {
+        expected = vars(options.recorded(options.get_args_parser().parse_args([]))) | {
             flag.strip("-").replace("-", "_"): text for flag, text in chosen.items()
         }
-        faults = [f"{name} is wrong" for name, value in vars(args).items() if not _has_value(value, expected[name])]
+        got = vars(options.recorded(args))
+        faults = [f"{name} is wrong" for name, value in got.items() if not _has_value(value, expected[name])]
         faults += ["it must be refused"] if wrong or incompatible(chosen) else []
         return ("failed", f"accepted, but {', '.join(faults)}") if faults else ("accepted", "")
     if isinstance(error, SystemExit):
-        text = printed.getvalue().partition(": error: ")[2].removesuffix("\n") if error.code == 2 else ""
+        text = printed.getvalue().partition(": error: ")[2].partition("\nsee ")[0] if error.code == 2 else ""
     else:
         text = str(error)
     known = [flag for action in options.get_args_parser()._actions for flag in action.option_strings]
-    named = any(word in text for word in wrong or [*words, *known])  # argparse completes an abbreviated flag
+    named = any(word in text for word in wrong or [*words, *known])  # it may be spelled otherwise
     if not isinstance(error, SystemExit | ValueError) or "\n" in text or not named:
         return "failed", f"{_shown(error)} {printed.getvalue()[-300:]}"
     if chosen is not None and not wrong and not incompatible(chosen):
