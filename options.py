@@ -6,13 +6,15 @@ Flags keep their published names, types and defaults; tests/test_options.py free
 import argparse
 import difflib
 import math
+import os
 import sys
 
 import torch
 
+import utils
 from datasets import DATA_SETS
 from pseudo_labels import POLICIES
-from utils import NOT_GIVEN
+from utils import NOT_GIVEN, print_main
 
 
 class Parser(argparse.ArgumentParser):
@@ -508,7 +510,7 @@ def _hardware_flags(parser):
     add(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device to train on; cuda where there is a GPU, else cpu",
+        help="device to train on: cpu, cuda or cuda:N, the N-th GPU counted from 0; cuda where there is one, else cpu",
     )
     add(
         "--amp",
@@ -530,7 +532,11 @@ def _hardware_flags(parser):
     add("--use-native-amp", action="store_true", help="the published name of --amp auto")
     add("--no-amp", action="store_true", help="the published name of --amp off")
     add(
-        "--num_workers", default=10, type=int, help="worker processes of a data loader; 0: load in the training process"
+        "--num_workers",
+        default=10,
+        type=int,
+        help="worker processes of a data loader; 0: load in the training process; without this flag at most as many "
+        "as the process has cores",
     )
     add("--pin-mem", action="store_true", default=True, help="pin batches in host memory, for faster copies to the GPU")
     add("--no-pin-mem", action="store_false", dest="pin_mem", help="do not pin; the default shown is that of --pin-mem")
@@ -566,6 +572,15 @@ def requested_amp(args):
         if precision != asked[0][1]:
             raise ValueError(f"{asked[0][0]} and {flag} disagree: keep one of them")
     return asked[0][1] if asked else "auto"
+
+
+def fit_workers(args):
+    """The flags for this machine: --num_workers is, where it was not given, at most the cores of this process."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if "num_workers" in given(args) or args.num_workers <= cores:
+        return args
+    print_main(f"--num_workers {cores}, the cores of this process, instead of the default {args.num_workers}")
+    return argparse.Namespace(**{**vars(args), "num_workers": cores})
 
 
 def semi_supervised(args):
@@ -618,6 +633,8 @@ _LIMITS = {
         lambda x: 0 <= x < 1 or x >= 1 and x.is_integer(),
         ("--max-bad-images",),
     ),
+    # What torch's generators take, less what the samplers add to it for later epochs.
+    "must be from -2**63 to 2**63 - 1": (lambda x: -(2**63) <= x < 2**63, ("--seed",)),
     "must be above 0 and at most 1": (lambda x: 0 < x <= 1, ("--select-ratio",)),
     f"must be one of {', '.join(_SCHEDULES)}": (lambda x: x in _SCHEDULES, ("--sched",)),
     "must be batch, pair or elem": (lambda x: x in ("batch", "pair", "elem"), ("--mixup-mode",)),
@@ -638,10 +655,21 @@ def check(args):
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 raise ValueError(f"--{name.replace('_', '-')} {number} must be a finite number")
+    utils.check_device_name(args.device)
+    check_folder("--output_dir", args.output_dir)
     requested_amp(args)
     if not args.eval:
         _check_shares(args)
         _check_mixup(args)
+
+
+def check_folder(flag, folder):
+    """Raise ValueError, one sentence, where the folder of a flag is, or is below, something that is no folder."""
+    path = os.path.abspath(folder)
+    while path != os.path.dirname(path) and not os.path.isdir(path):
+        if os.path.lexists(path):
+            raise ValueError(f"{flag} {folder} cannot be a folder, because {path} is a file: choose another")
+        path = os.path.dirname(path)
 
 
 def _check_shares(args):

@@ -74,7 +74,7 @@ def predict(network, view, paths, top=5, batch_size=64, workers=0, device="cpu")
         paths: the image files.
         top: number of most probable classes per image.
         batch_size, workers: of the loader; without workers this process reads the images.
-        device: of the network, "cpu" or "cuda".
+        device: of the network, "cpu", "cuda" or "cuda:N".
 
     The error message is "", or a sentence for an image that cannot be read, whose list of classes is empty.
     """
@@ -117,7 +117,7 @@ def _parser():
     add("--batch-size", type=int, default=64, metavar="N", help="images per batch (default: %(default)s)")
     add("--workers", type=int, default=0, metavar="N",
         help="processes that load images; 0: the main process does (default: %(default)s)")  # fmt: skip
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="device of the network (default: %(default)s)")
+    add("--device", default="cpu", help="device of the network: cpu, cuda or cuda:N (default: %(default)s)")
     return parser
 
 
@@ -134,8 +134,7 @@ def main(argv=None):
     ):
         if value < least:
             raise ValueError(f"{flag} {value} must be at least {least}.")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but PyTorch sees no CUDA GPU here: pass --device cpu.")
+    utils.check_device(args.device)
     paths = paths_of(args.images)
     with redirect_stdout(sys.stderr):  # messages of a download must not end up in the output
         model = pretrained.from_flags(args)

@@ -106,6 +106,7 @@ def check(args):
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
     if args.local and args.nodes > 1:
         raise ValueError(f"--local runs on this machine alone, so --nodes {args.nodes} must be 1")
+    semi_main.options.check_folder("--job_dir" if args.job_dir else "--shared_folder", job_folder(args))
     if not args.local and shutil.which("srun") is None:
         raise ValueError("There is no Slurm (srun) on this machine: submit from one that has it, or pass --local")
     if args.resume and args.resume_jobid:
@@ -113,13 +114,17 @@ def check(args):
     semi_main.options.check(args)
 
 
+def job_folder(args):
+    """Return the absolute path of the job folder, still containing %j."""
+    return str(Path(args.job_dir or Path(args.shared_folder or SHARED_FOLDER, "%j")).expanduser().absolute())
+
+
 def job_flags(args):
     """Return the flags of the tasks, with the job folder (still containing %j) and the earlier job's checkpoint.
 
     Raises FileNotFoundError if the job of --resume_jobid has no such checkpoint.
     """
-    job_dir = args.job_dir or Path(args.shared_folder or SHARED_FOLDER, "%j")
-    folder, resume = str(Path(job_dir).expanduser().absolute()), args.resume
+    folder, resume = job_folder(args), args.resume
     if args.resume_jobid:
         resume = str(Path(folder.replace("%j", args.resume_jobid), args.resume_name))
         if not Path(resume).is_file():

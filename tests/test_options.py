@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 from pathlib import Path
 
@@ -11,7 +12,11 @@ import torch
 import options
 import predict
 import run_with_submitit
+import semi_main
 from options import boolean, check, get_args_parser, labelled_and_unlabelled, recorded, requested_amp
+from samplers import Passes, training_order
+from training.optimization import learning_rates
+from utils import seed_everything
 
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "flags.json").read_text())["semi_main"]
 NO_EFFECT = ("--opt-level", "--cross-attn", "--cnn2trans", "--trans2cnn", "--resplit")
@@ -330,6 +335,16 @@ EVEN = "mixup and cutmix mix a batch with its own reverse, so the labelled batch
         ("--eval --mu nan", "--mu nan must be"),
         ("--select-ratio 0", "--select-ratio 0.0 must be above 0 and at most 1"),
         ("--select-ratio 2", "--select-ratio 2"),
+        ("--device tpu", "--device tpu must be cpu, cuda or cuda:N, the N-th GPU counted from 0"),
+        ("--eval --device CPU", "--device CPU must be"),
+        ("--device cuda:", "--device cuda: must be"),
+        ("--device cuda:-1", "--device cuda:-1 must be"),
+        ("--device cuda:01", "--device cuda:01 must be"),
+        ("--device=", "--device  must be"),
+        (f"--seed {2**63}", f"--seed {2**63} must be from -2**63 to 2**63 - 1"),
+        (f"--seed {-(2**63) - 1}", f"--seed {-(2**63) - 1} must be"),
+        (f"--output_dir {__file__}", f"--output_dir {__file__} cannot be a folder, because {__file__} is a file: "),
+        (f"--eval --output_dir {__file__}/a/b", f"--output_dir {__file__}/a/b cannot be a folder, because {__file__} "),
         (SEMI + "--mu 1.5", "--mu 1.5 must be above 0 and below 1"),
         (SEMI + "--mu -0.5", "--mu -0.5 must be"),
         (SEMI + "--mu 0", "--mu 0.0 leaves no labelled image in a batch of 64 (--batch-size): raise --mu"),
@@ -370,12 +385,62 @@ def test_check_refuses_and_names_the_flag(line, message):
         "--max-bad-images 1",
         "--threshold 1",
         "--smoothing 0",
+        "--device cuda:12",
+        f"--output_dir {Path(__file__).parent}/new/run",
         "--eval --batch-size 1",
         "--eval --mu 7 --batch-size 3 --data-set SEMI-IMNET",
     ],
 )
 def test_check_lets_pass(line):
     check(parse(line))
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 2**63 - 1])
+def test_all_that_is_seeded_takes_the_outermost_seeds(seed):
+    args = parse(f"--seed {seed} --epochs 3 --warmup-epochs 0 --lr-noise 0")
+    check(args)
+    seed_everything(seed, 2, 1)
+    for repeated in (False, True):
+        # Epoch 999 in its tenth pass over few images.
+        order = training_order(5, 2, 1, seed, repeated)
+        order.set_epoch(999 + 10 * Passes.BETWEEN_PASSES)
+        assert set(order) <= set(range(5))
+    assert len(learning_rates(args)) == 3
+
+
+def cores(monkeypatch, number):
+    """Let this process have so many cores, whatever the machine has."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(number)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+
+
+@pytest.mark.parametrize("number, workers", [(2, 2), (10, 10), (16, 10)])
+def test_workers_that_were_not_asked_for_are_at_most_the_cores(number, workers, monkeypatch, capsys):
+    cores(monkeypatch, number)
+    got = []
+    monkeypatch.setattr(semi_main, "train", lambda args, device: got.append(args))
+    args = parse("--device cpu")
+    for each in (args, recorded(args)):
+        semi_main.main(each)
+        assert (got[-1].num_workers, each.num_workers) == (workers, 10)
+        line = f"--num_workers {number}, the cores of this process, instead of the default 10\n"
+        assert capsys.readouterr().out == (line if number < 10 else "")
+    semi_main.main(parse("--device cpu --num_workers 10"))
+    assert got[-1].num_workers == 10 and capsys.readouterr().out == ""
+
+
+def test_without_affinities_all_cores_of_the_machine_count(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    for counted, workers in ((3, 3), (None, 1)):
+        monkeypatch.setattr(os, "cpu_count", lambda counted=counted: counted)
+        assert options.fit_workers(parse()).num_workers == workers
+
+
+def test_the_machine_that_submits_does_not_decide_on_the_workers(monkeypatch):
+    cores(monkeypatch, 2)
+    args = run_with_submitit.get_args_parser().parse_args(["--local", "--device", "cpu"])
+    run_with_submitit.check(args)
+    assert run_with_submitit.job_flags(args).num_workers == 10
 
 
 def test_eval_still_checks_what_evaluation_uses():

@@ -125,6 +125,7 @@ def test_the_view_and_its_description_are_evaluations(tree, tmp_path, data_set):
     (["--classes", "nowhere.txt"], r"Cannot read --classes nowhere.txt \(No such file or directory\)"),
     (["--classes", __file__], "names do not fit the 3 classes of .*checkpoint.pth: give one name a class"),
     (["--top", "0"], "--top 0 must be at least 1"), (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
+    (["--device", "tpu"], "--device tpu must be cpu, cuda or cuda:N, the N-th GPU counted from 0"),
     (["--output", "nowhere/p.csv"], "Cannot write nowhere/p.csv .* or choose another --output"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence(tree, file, words, message):

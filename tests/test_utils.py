@@ -251,8 +251,28 @@ def test_more_processes_than_were_started_are_refused(alone):
 def test_cuda_without_a_gpu_is_refused(alone):
     alone.setattr(torch.cuda, "is_available", lambda: False)
     for device in ("cuda", "cuda:0"):
-        with pytest.raises(ValueError, match="--device cuda, but PyTorch sees no CUDA GPU"):
+        with pytest.raises(ValueError, match=f"--device {device}, but PyTorch sees no CUDA GPU"):
             init_distributed(device)
+
+
+def test_a_device_that_the_machine_does_not_have_is_refused(alone):
+    alone.setattr(torch.cuda, "is_available", lambda: True)
+    alone.setattr(torch.cuda, "device_count", lambda: 2)
+    chosen = []
+    alone.setattr(torch.cuda, "set_device", chosen.append)
+    assert [init_distributed(device).index for device in ("cuda", "cuda:0", "cuda:1")] == [None, 0, 1]
+    with pytest.raises(ValueError, match="^--device tpu must be cpu, cuda or cuda:N, the N-th GPU counted from 0$"):
+        init_distributed("tpu")
+    message = (
+        r"^--device cuda:{}, but the last of the 2 GPU\(s\) that PyTorch sees here is cuda:1; each process needs one"
+    )
+    with pytest.raises(ValueError, match=message.format(9)):
+        init_distributed("cuda:9")
+    for name, value in {"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "2"}.items():
+        alone.setenv(name, value)
+    with pytest.raises(ValueError, match=message.format(2)):
+        init_distributed("cuda")
+    assert chosen == []
 
 
 GROUP = """
