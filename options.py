@@ -7,12 +7,17 @@ import argparse
 import difflib
 import math
 import os
+import re
 import sys
 
 import torch
+from PIL import Image
 
 import utils
 from datasets import DATA_SETS
+from images.transforms import train_view
+from losses import Recipe
+from models import check_name, has_two_streams
 from pseudo_labels import POLICIES
 from utils import NOT_GIVEN, print_main
 
@@ -588,6 +593,20 @@ def semi_supervised(args):
     return not args.supervise_only and not DATA_SETS[args.data_set].supervised_only
 
 
+def print_notes(args):
+    """Print a line where the run ends before a part of the method that its flags ask for begins."""
+    if args.eval or not semi_supervised(args):
+        return
+    recipe, last = Recipe.from_args(args), args.epochs - 1
+    if not recipe.is_semi(last):
+        flag, value, lacking = "--semi-start-epoch", args.semi_start_epoch, "is semi-supervised"
+    elif args.dual_consistency and not recipe.is_consistent(last):
+        flag, value, lacking = "--consistency-start-epoch", args.consistency_start_epoch, "has the consistency loss"
+    else:
+        return
+    print_main(f"Note: {flag} {value} is not below --epochs {args.epochs}, so no epoch of this run {lacking}.")
+
+
 def labelled_and_unlabelled(args):
     """Images per process and step in the semi-supervised phase: (13, 95) for a batch of 108 and mu 0.125."""
     labelled = int(args.batch_size * args.mu)
@@ -661,6 +680,8 @@ def check(args):
     if not args.eval:
         _check_shares(args)
         _check_mixup(args)
+        _check_streams(args)
+        _check_policy(args)
 
 
 def check_folder(flag, folder):
@@ -700,6 +721,36 @@ def _check_mixup(args):
         raise ValueError(
             f"{rule}: --batch-size {args.batch_size} is odd and all of it is labelled in the supervised phase; {remedy}"
         )
+
+
+def _check_streams(args):
+    if args.pseudo_type != "cnn" and not has_two_streams(args.model):
+        check_name(args.model)
+        raise ValueError(
+            f"--pseudo-type {args.pseudo_type} chooses between the streams of a two-stream network, and "
+            f"{args.model} has one: leave it out"
+        )
+
+
+def _check_policy(args):
+    """Raise ValueError where --aa is no policy, or one that fails as soon as an image comes."""
+    kind, *sections = args.aa.split("-")
+    if args.aa.lower() in ("", "none"):
+        return
+    # timm passes over a section without a number, and over the name of a set of operations that it does not know.
+    sets = ("tweights", "t3a", "t3aw") if kind == "rand" else ()
+    unknown = [section for section in sections if section not in sets and not re.match(r"(?!t)[a-z]+[0-9]", section)]
+    try:
+        if unknown:
+            raise ValueError(f"its part {unknown[0]!r} means nothing")
+        with utils.preserved_cpu_generators():
+            train_view(32, args.aa)(Image.new("RGB", (32, 32)))
+    except ValueError as error:
+        reason = str(error.__cause__ or error) or "unknown"  # timm's own, below that of the view
+        raise ValueError(
+            f"--aa {args.aa!r} is no policy in timm's notation ({reason}): write one like rand-m9-mstd0.5-inc1, "
+            "original-mstd0.5 or augmix-m5-w4-d2"
+        ) from error
 
 
 def _value(args, flag):

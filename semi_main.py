@@ -382,6 +382,7 @@ def main(args):
         tensorboard_log.check(args.output_dir)
     device = utils.init_distributed(args.device, args.dist_url, args.world_size, args.use_submitit)
     args = options.fit_workers(args)  # here, because the machine that submitted a job may have other cores
+    options.print_notes(args)
     if args.output_dir:
         with utils.writing(args.output_dir):
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)

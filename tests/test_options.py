@@ -3,9 +3,11 @@
 import argparse
 import json
 import os
+import random
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -297,6 +299,10 @@ def test_labelled_and_unlabelled(line, counts):
     assert labelled_and_unlabelled(parse(line)) == counts
 
 
+POLICIES = """rand rand-m9-n3-mstd0.5 rand-m7-mmax10-p0.3-mstd101-inc1 rand-m9-tweights rand-n2-t3aw rand-t3a v0 v0r
+    original originalr 3a original-mstd0.5 augmix augmix-m5-w4-d2-b1-a2 none None""".split()
+NO_POLICIES = """rand-m9-mstdx rand-m rand-m9- rand-m9.5 rand-m9-tfoo rand-n99-tweights random Rand-m9 v1 v0-m3
+    original-z original-tweights augmix-q3 augmix-a0 nonsense""".split()
 EVEN = "mixup and cutmix mix a batch with its own reverse, so the labelled batch must be even: "
 
 
@@ -345,6 +351,14 @@ EVEN = "mixup and cutmix mix a batch with its own reverse, so the labelled batch
         (f"--seed {-(2**63) - 1}", f"--seed {-(2**63) - 1} must be"),
         (f"--output_dir {__file__}", f"--output_dir {__file__} cannot be a folder, because {__file__} is a file: "),
         (f"--eval --output_dir {__file__}/a/b", f"--output_dir {__file__}/a/b cannot be a folder, because {__file__} "),
+        ("--aa rand-x", "--aa 'rand-x' is no policy in timm's notation (its part 'x' means nothing): write one like "),
+        *[(f"--aa {policy}", f"--aa {policy!r} is no policy in timm's notation ") for policy in NO_POLICIES],
+        (
+            "--pseudo-type fuse",
+            "--pseudo-type fuse chooses between the streams of a two-stream network, and deit_base_",
+        ),
+        ("--pseudo-type fuse --model resnet18", "--pseudo-type fuse chooses between the streams of a two-stream "),
+        ("--pseudo-type fuse --model Semifomer_small", "Unknown --model 'Semifomer_small'"),
         (SEMI + "--mu 1.5", "--mu 1.5 must be above 0 and below 1"),
         (SEMI + "--mu -0.5", "--mu -0.5 must be"),
         (SEMI + "--mu 0", "--mu 0.0 leaves no labelled image in a batch of 64 (--batch-size): raise --mu"),
@@ -386,6 +400,10 @@ def test_check_refuses_and_names_the_flag(line, message):
         "--threshold 1",
         "--smoothing 0",
         "--device cuda:12",
+        "--pseudo-type cnn --model resnet18",
+        "--pseudo-type fuse --model Semiformer_small_patch16",
+        "--eval --pseudo-type fuse --model resnet18 --aa rand-x",
+        *[f"--aa={policy}" for policy in ["", *POLICIES]],
         f"--output_dir {Path(__file__).parent}/new/run",
         "--eval --batch-size 1",
         "--eval --mu 7 --batch-size 3 --data-set SEMI-IMNET",
@@ -441,6 +459,38 @@ def test_the_machine_that_submits_does_not_decide_on_the_workers(monkeypatch):
     args = run_with_submitit.get_args_parser().parse_args(["--local", "--device", "cpu"])
     run_with_submitit.check(args)
     assert run_with_submitit.job_flags(args).num_workers == 10
+
+
+def test_a_policy_is_tried_without_drawing_from_the_generators_of_the_run():
+    seed_everything(3)
+    check(parse())
+    drawn = random.random(), np.random.rand()
+    seed_everything(3)
+    assert drawn == (random.random(), np.random.rand())
+
+
+NEVER_SEMI = "Note: --semi-start-epoch {} is not below --epochs {}, so no epoch of this run is semi-supervised.\n"
+LATE = SEMI + "--epochs 5 --dual-consistency --consistency-start-epoch "
+
+
+@pytest.mark.parametrize("line, note", [
+    (SEMI + "--epochs 1 --semi-start-epoch 30", NEVER_SEMI.format(30, 1)),
+    (SEMI + "--epochs 30 --semi-start-epoch 30 --dual-consistency", NEVER_SEMI.format(30, 30)),
+    (SEMI + "--epochs 31 --semi-start-epoch 30 --dual-consistency", ""),
+    (SEMI + "--epochs 1 --semi-start-epoch 30 --supervise-only", ""),
+    (SEMI + "--epochs 1 --semi-start-epoch 30 --eval", ""),
+    ("--epochs 1 --semi-start-epoch 30", ""),  # a data set without unlabelled images
+    (LATE + "5", "Note: --consistency-start-epoch 5 is not below --epochs 5, so no epoch of this run has the "
+     "consistency loss.\n"),
+    (LATE + "4", ""),
+    (LATE + "-1", ""),
+    (SEMI + "--epochs 5 --consistency-start-epoch 5", ""),
+])  # fmt: skip
+def test_a_part_of_the_method_that_never_begins_is_said_at_the_start(line, note, monkeypatch, capsys):
+    for action in ("train", "evaluate_checkpoint"):
+        monkeypatch.setattr(semi_main, action, lambda args, device: print("begins"))
+    semi_main.main(parse(line + " --device cpu --num_workers 0"))
+    assert capsys.readouterr().out == note + "begins\n"
 
 
 def test_eval_still_checks_what_evaluation_uses():

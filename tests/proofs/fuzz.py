@@ -193,6 +193,7 @@ FLAGS = {  # flag: (valid values, invalid values); () stands for a flag without 
     "--sched": (("cosine", "plateau"), ("linear",)),
     "--data-set": (("IMNET", "SEMI-IMNET"), ("MNIST",)),
     "--data-backend": (("pil", "fast"), ("turbo",)),
+    "--model": (("Semiformer_small_patch16", "resnet18"), ()),
     "--pseudo-type": (("cnn", "fuse"), ("CNN",)),
     "--amp": (("auto", "off"), ("on",)),
     "--no-amp": ((),) * 2,
@@ -225,6 +226,8 @@ def incompatible(chosen):
     semi = chosen.get("--data-set", "IMNET") == "SEMI-IMNET" and "--supervise-only" not in chosen
     labelled = int(batch * mu) if semi else batch
     if not 0 <= mu <= 1:
+        return True
+    if chosen.get("--pseudo-type") == "fuse" and chosen.get("--model") != "Semiformer_small_patch16":
         return True
     mixing = float(chosen.get("--mixup", 0.8)) > 0 or float(chosen.get("--cutmix", 1)) > 0
     return labelled == 0 or labelled == batch and semi or mixing and labelled % 2 == 1
