@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """Exit with status 2 and two lines: the message, and where the flags are explained."""
-        self.exit(2, f"{self.prog}: error: {message}\nsee {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: error: {utils.printable(message)}\nsee {self.prog} --help\n")
 
     def _as_declared(self, words):
         """The words, each flag written as it is declared; exits for a flag that there is not."""

@@ -20,6 +20,7 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 import semi_main
+import utils
 
 CPUS_PER_TASK, GB_PER_TASK = 10, 40
 SIGNAL_AHEAD_S = 120  # from the signal to the time limit
@@ -184,7 +185,7 @@ def main(args):
     if args.local:
         error = failure(job)
         if error is not None:
-            sys.exit(f"Job {job.job_id} failed, and its log ends with:\n{error}")
+            sys.exit(utils.printable(f"Job {job.job_id} failed, and its log ends with:\n{error}"))
         semi_main.print_main(f"Job {job.job_id} finished.")
 
 
@@ -193,4 +194,4 @@ if __name__ == "__main__":
     try:
         main(arguments)
     except (ValueError, OSError, FailedJobError, FailedSubmissionError) as error:
-        sys.exit(f"run_with_submitit.py: error: {error}")
+        sys.exit(utils.printable(f"run_with_submitit.py: error: {error}"))

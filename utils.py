@@ -166,15 +166,23 @@ def broadcast_buffers(*models):
                 buffer.copy_(staged)
 
 
+def printable(text, kept="\n\t"):
+    """Text for a terminal: control characters and the like, but those in `kept`, as escapes.
+
+    A class or a folder may have any name, which could otherwise move the cursor, change colours or hide other lines.
+    """
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def print_main(*words):
     """Print on the main process."""
     if is_main():
-        print(*words, flush=True)
+        print(*map(printable, words), flush=True)
 
 
 def print_rank(*words):
     """Print on any process, with its rank in front."""
-    print(f"[rank {world_and_rank()[1]}]", *words, flush=True)
+    print(f"[rank {world_and_rank()[1]}]", *map(printable, words), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- seeds
@@ -479,5 +487,5 @@ def excepthook(program, kind, error, trace):
         message = f"{program}: stopped, because another rank failed: see its error above ({reason})\n"
     else:
         message = "".join(traceback.format_exception(kind, error, trace))
-    sys.stderr.write(message)
+    sys.stderr.write(printable(message))
     sys.stderr.flush()

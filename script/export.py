@@ -243,7 +243,7 @@ def main(argv=None):
         onnx = f"summed logits, opset {OPSET}, at most {worst:.1e} from PyTorch (onnxruntime, 1 and 3 images of noise)"
         print(f"model.onnx: {onnx}")
     utils.write_atomic(args.output / "README.md", model_card(model, args.checkpoint, args.ema, onnx), "--output")
-    print(f"Exported {model.name} from {args.checkpoint} to {args.output}")
+    print(utils.printable(f"Exported {model.name} from {args.checkpoint} to {args.output}"))
 
 
 if __name__ == "__main__":

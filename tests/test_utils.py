@@ -28,6 +28,29 @@ from utils import (
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
 
+# -------------------------------------------------------------------------------- what is printed
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("Äpfel, 猫 and ±", "Äpfel, 猫 and ±"), ("two\nlines\tof text", "two\nlines\tof text"),
+    ("\x1b[31mred\x1b[0m", r"\x1b[31mred\x1b[0m"), ("a\rb\x07\x7f", r"a\rb\x07\x7f"), ("\x9b2J", r"\x9b2J"),
+    ("gpj.\u202eexe", r"gpj.\u202eexe"), ("not UTF-8 \udcff", r"not UTF-8 \udcff"), (3, "3"),
+])  # fmt: skip
+def test_what_could_steer_a_terminal_is_printed_as_an_escape(text, shown, capsys):
+    assert utils.printable(text) == shown
+    utils.print_main(text, "end")
+    utils.print_rank(text)
+    assert capsys.readouterr().out == f"{shown} end\n[rank 0] {shown}\n"
+    with pytest.raises(ValueError) as caught:
+        utils.check_device_name(f"no {text}")
+    utils.excepthook("semi_main.py", ValueError, caught.value, caught.tb)
+    assert capsys.readouterr().err.startswith(f"semi_main.py: error: --device no {shown} must be cpu")
+
+
+def test_lines_of_a_name_are_escaped_where_asked():
+    assert utils.printable("a\tb\n\x1b", kept="") == r"a\tb\n\x1b"
+
+
 # -------------------------------------------------------------------------------- seeds
 
 
