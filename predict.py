@@ -4,12 +4,14 @@
 
 A folder stands for all images below it. Images are resized and cropped as in `semi_main.py --eval`; probabilities are
 the softmax of the streams' summed logits. The CSV columns are path, rank, class and probability. Images that cannot
-be read are named on stderr and left out; the exit status is then 1.
+be read, or for which the network computes no finite probabilities, are named on stderr and left out; the exit status is
+then 1. On a terminal, control characters in names are shown as escapes; files and pipes get the names as they are.
 """
 
 import csv
 import io
 import json
+import math
 import os
 import sys
 from argparse import RawDescriptionHelpFormatter
@@ -76,7 +78,8 @@ def predict(network, view, paths, top=5, batch_size=64, workers=0, device="cpu")
         batch_size, workers: of the loader; without workers this process reads the images.
         device: of the network, "cpu", "cuda" or "cuda:N".
 
-    The error message is "", or a sentence for an image that cannot be read, whose list of classes is empty.
+    The error message is "", or a sentence for an image that cannot be read or whose probabilities are not finite; its
+    list of classes is empty.
     """
     network = fold_batchnorm(network).to(device, memory_format=torch.channels_last)
     loader = DataLoader(ImageFiles(paths, view), batch_size, num_workers=workers, collate_fn=_collate)
@@ -87,8 +90,11 @@ def predict(network, view, paths, top=5, batch_size=64, workers=0, device="cpu")
             probabilities = sum(network(images.to(device))).softmax(1)
             values, classes = (x.tolist() for x in probabilities.topk(min(top, probabilities.shape[1])))
             rows = (list(zip(*row)) for row in zip(classes, values))
-        for error in errors:
-            yield next(remaining), [] if error else next(rows), error
+        for error, path in zip(errors, remaining):
+            row = [] if error else next(rows)
+            if not all(math.isfinite(probability) for _, probability in row):
+                row, error = [], f"The network's probabilities for {path} are not finite: check its weights."
+            yield path, row, error
 
 
 def as_text(rows, style):
@@ -97,13 +103,26 @@ def as_text(rows, style):
         records = [
             {"path": path, "top": [{"class": c, "probability": round(p, 6)} for c, p in top]} for path, top in rows
         ]
-        return json.dumps(records, indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(records, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(("path", "rank", "class", "probability"))
     for path, top in rows:
         writer.writerows((path, rank, c, f"{p:.6f}") for rank, (c, p) in enumerate(top, 1))
     return file.getvalue()
+
+
+def check_output(output, inputs):
+    """Raise ValueError where writing the file `output` would replace one of the input files."""
+    if not os.path.exists(output):
+        return
+    for path in inputs:
+        if os.path.exists(path) and os.path.samefile(output, path):
+            raise ValueError(f"--output {output} would replace the input {path}: choose another file.")
+
+
+def _warn(message):
+    sys.stderr.write(utils.printable(f"predict.py: {message}\n"))
 
 
 def _parser():
@@ -122,7 +141,7 @@ def _parser():
 
 
 def main(argv=None):
-    """Classify the images of the command line and write the result. Return the exit status: 1 if one was unreadable.
+    """Classify the images of the command line and write the result. Return the exit status: 1 if one was left out.
 
     Raises ValueError or OSError with a one-sentence message for bad input.
     """
@@ -136,16 +155,18 @@ def main(argv=None):
             raise ValueError(f"{flag} {value} must be at least {least}.")
     utils.check_device(args.device)
     paths = paths_of(args.images)
+    if args.output:
+        check_output(args.output, [args.checkpoint, *([args.classes] if args.classes else []), *paths])
     with redirect_stdout(sys.stderr):  # messages of a download must not end up in the output
         model = pretrained.from_flags(args)
     if not model.classes:
-        sys.stderr.write(f"predict.py: {args.checkpoint} has no class names, so classes are numbers: see --classes.\n")
+        _warn(f"{args.checkpoint} has no class names, so classes are numbers: see --classes.")
     names, rows, status = model.classes or list(map(str, range(model.num_classes))), [], 0
     for path, top, error in predict(
         model.network, model.view, paths, args.top, args.batch_size, args.workers, args.device
     ):
         if error:
-            sys.stderr.write(f"predict.py: {error}\n")
+            _warn(error)
             status = 1
         else:
             printable = os.fsencode(path).decode("utf-8", "backslashreplace")  # a file name may not be UTF-8
@@ -154,7 +175,7 @@ def main(argv=None):
     if args.output:
         utils.write_atomic(args.output, text, "--output")
     else:
-        sys.stdout.write(text)
+        sys.stdout.write(utils.printable(text) if sys.stdout.isatty() else text)
     return status
 
 
