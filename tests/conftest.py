@@ -32,7 +32,10 @@ def one_thread():
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """(address, {path: bytes}, paths asked for): serves the bytes; those under /cut/ break off half-way."""
+    """(address, {path: bytes or an address}, paths asked for): serves the bytes or a redirect to the address.
+
+    Bytes whose path has /cut/ in it break off half-way; where it begins with /open/, their length is not announced.
+    """
     content, asked = {}, []
 
     class Handler(BaseHTTPRequestHandler):
@@ -41,10 +44,14 @@ def server(tmp_path, monkeypatch):
             body = content.get(self.path)
             if body is None:
                 return self.send_error(404)
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
+            self.send_response(302 if isinstance(body, str) else 200)
+            if isinstance(body, str):
+                self.send_header("Location", body)
+                return self.end_headers()
+            if not self.path.startswith("/open/"):
+                self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body[: len(body) // 2] if self.path.startswith("/cut/") else body)
+            self.wfile.write(body[: len(body) // 2] if "/cut/" in self.path else body)
 
         def log_message(self, *_):
             pass

@@ -22,6 +22,8 @@ from utils import atomic, print_main, write_atomic, writing
 # Classes that a published file may hold beside tensors and plain containers. None of these runs code when unpickled.
 SAFE_CLASSES = [argparse.Namespace, pathlib.Path, pathlib.PosixPath, pathlib.PurePosixPath]
 
+LEGACY = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)  # how files of PyTorch before 1.6 begin
+
 STATE_KEYS = ("optimizer", "lr_scheduler", "epoch")  # a complete training state has these beside its weights
 
 HEADS = {"head", "head_dist", "fc", "classifier", "conv_cls_head", "trans_cls_head"}
@@ -153,6 +155,32 @@ def _check_sums(path):
             raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
 
 
+def check_complete(path, name):
+    """Raise ValueError or OSError, with the reason, where a downloaded file is cut off, damaged, or no checkpoint.
+
+    Zip files have checksums and an end, and safetensors files tell their length. A file of PyTorch before 1.6 has
+    neither, and is loaded. `name` is the one that the file will have.
+    """
+    if name.endswith(".safetensors"):
+        package = _safetensors()
+        try:
+            with package.safe_open(path, framework="pt"):
+                return
+        except package.SafetensorError as error:
+            raise ValueError(f"it is damaged or no safetensors file: {error}") from error
+    with open(path, "rb") as file:
+        start = file.read(len(LEGACY))
+    if start == LEGACY:
+        read(path)
+    elif not zipfile.is_zipfile(path):
+        raise ValueError("its end is missing" if start.startswith(b"PK") else "it is no PyTorch file")
+    else:
+        try:
+            _check_sums(path)
+        except DAMAGE as error:
+            raise ValueError(f"it is damaged: {error}") from error
+
+
 # The errors that the readers of zip files, pickles and tensors raise on damaged bytes.
 DAMAGE = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError, ArithmeticError,
           MemoryError, struct.error, zlib.error, zipfile.BadZipFile)  # fmt: skip
@@ -164,7 +192,7 @@ def read(path):
     A name that ends in .safetensors means a file of `save_safetensors`. Raises OSError or ValueError naming the file
     where it is missing, unreadable or damaged, or holds other classes than SAFE_CLASSES.
     """
-    path = fetch(path)
+    path = fetch(path, check_complete)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no checkpoint {path}.")
     if str(path).endswith(".safetensors"):
