@@ -1,4 +1,4 @@
-"""The command line: every flag with its meaning and unit, and the checks that need nothing but the flags.
+"""The command line: every flag with its meaning and unit, and the checks that read no data.
 
 Flags keep their published names, types and defaults; tests/test_options.py freezes the set.
 """
@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args, **settings):
-        # ours: argparse would silently take --semi for the only flag that begins so, or refuse it once there are two.
+        # ours: the released parser takes --thresh for --threshold, as long as no other flag begins so.
         super().__init__(*args, allow_abbrev=False, **settings)
 
     def parse_args(self, args=None, namespace=None):
