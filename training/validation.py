@@ -210,6 +210,13 @@ def _args(value):
     return ""
 
 
+def _labeller(value):
+    if isinstance(value, dict) and set(value) == {"kind", "state"} and isinstance(value["kind"], str):
+        fault = _state_dict(value["state"])
+        return fault and f"['state']{fault}"
+    return _is_not(value, "the state of the pseudo labels")
+
+
 def _schedule(value):
     # Of a schedule only the last metric is loaded: the rest follows from the epoch and the flags.
     if isinstance(value, dict) and (value.get("metric") is None or _number(value["metric"])):
@@ -232,6 +239,7 @@ RULES = {
     else _is_not(value, "a list of names"),
     "bad_images": _bad_images,
     "pending": _pending,
+    "labeller": _labeller,
     "scaler": _scaler,
     "plateau": _plateau,
     "lr_scheduler": _schedule,
