@@ -8,8 +8,9 @@ import math
 
 import torch
 
+import confidence
 from datasets import DATA_SETS
-from pseudo_labels import POLICIES
+from pseudo_labels import POLICIES, policy_of
 from utils import NOT_GIVEN
 
 
@@ -37,6 +38,7 @@ def get_args_parser():
         _network_flags,
         _data_flags,
         _semi_flags,
+        _confidence_flags,
         _consistency_flags,
         _augmentation_flags,
         _mixup_flags,
@@ -241,6 +243,49 @@ def _semi_flags(parser):
     )
 
 
+def _confidence_flags(parser):
+    add = _group(parser, "teacher, confidence and mixing of the pseudo labels (after the paper)")
+    add(
+        "--teacher",
+        default="student",
+        choices=["student", "ema"],
+        help="who labels the weak views: the network itself (published) or the EMA of its weights",
+    )
+    add(
+        "--confidence",
+        default="fixed",
+        choices=list(confidence.RULES),
+        help="when a pseudo label counts: fixed (published), --threshold; flex, FlexMatch; free, FreeMatch, which "
+        "needs no --threshold; soft, SoftMatch, a weight instead; ada, AdaMatch, relative to the labelled images",
+    )
+    add(
+        "--align",
+        default="none",
+        choices=["none", *confidence.TARGETS],
+        help="distribution alignment of the pseudo labels, before --confidence: to equal shares, to the class shares "
+        "of the labelled set, or to the mean prediction on labelled images",
+    )
+    add(
+        "--confidence-momentum",
+        type=float,
+        default=0.999,
+        metavar="M",
+        help="share of the old value that the averages of --confidence and --align keep in a step",
+    )
+    add(
+        "--fairness-lambda",
+        type=float,
+        default=0.0,
+        metavar="L",
+        help="weight of FreeMatch's fairness loss, with --confidence free; published: 0.01; 0: off",
+    )
+    add(
+        "--pseudo-mixup",
+        action="store_true",
+        help="mix the strong views with each other by the probabilities of their pseudo labels (Semi-ViT)",
+    )
+
+
 def _consistency_flags(parser):
     add = _group(parser, "feature consistency of the weak and the strong view")
     add("--dual-consistency", action="store_true", help="add the consistency loss, summed over streams and anchors")
@@ -297,6 +342,12 @@ def _augmentation_flags(parser):
         action="store_false",
         dest="repeated_aug",
         help="each labelled image once a pass; the default shown is that of --repeated-aug",
+    )
+    add(
+        "--labelled-view",
+        choices=["strong", "weak"],
+        default=None,
+        help="view of the labelled images; None: the data set's own, weak for CIFAR and FASHION, strong for the others",
     )
     add("--hflip", type=float, default=0.5, metavar="P", help="probability of a horizontal flip in every training view")
     add(
@@ -586,6 +637,7 @@ _LIMITS = {
             "--num_workers",
             "--semi-lambda",
             "--consistency-lambda",
+            "--fairness-lambda",
             "--mask-cnn-ratio",
             "--mask-transformer-ratio",
             "--mask-cnn-ratio-u",
@@ -603,7 +655,15 @@ _LIMITS = {
     "must be above 0": (lambda x: x is None or x > 0, ("--temperature", "--infonce-T", "--clip-grad")),
     "must be from 0 to 1": (
         lambda x: 0 <= x <= 1,
-        ("--threshold", "--reprob", "--hflip", "--mixup-prob", "--mixup-switch-prob", "--model-ema-decay"),
+        (
+            "--threshold",
+            "--reprob",
+            "--hflip",
+            "--mixup-prob",
+            "--mixup-switch-prob",
+            "--model-ema-decay",
+            "--confidence-momentum",
+        ),
     ),
     "must be 0 or more and below 1": (lambda x: 0 <= x < 1, ("--smoothing", "--drop", "--drop-path")),
     "must be a share from 0 to below 1 or a whole number": (
@@ -634,6 +694,7 @@ def check(args):
     if not args.eval:
         _check_shares(args)
         _check_mixup(args)
+        _check_confidence(args)
 
 
 def _check_shares(args):
@@ -650,6 +711,50 @@ def _check_shares(args):
             f"--mu {args.mu} leaves no unlabelled image {batch}: lower --mu, or pass "
             "--supervise-only to train without them"
         )
+
+
+def _check_confidence(args):
+    both_streams = len(policy_of(args.pseudo_type, 2).distributions) == 2
+    for wrong, why in (
+        (
+            args.pseudo_mixup and args.confidence != "fixed",
+            f"--pseudo-mixup weighs the mixed images by --threshold, so --confidence {args.confidence} must be fixed",
+        ),
+        (
+            args.pseudo_mixup and args.align == "labelled",
+            "--pseudo-mixup labels before the network has seen the labelled images, so --align labelled has nothing "
+            "to follow: choose another",
+        ),
+        (
+            args.pseudo_mixup and both_streams,
+            f"--pseudo-mixup needs one probability an image, and --pseudo-type {args.pseudo_type} has two: use cnn, "
+            "transformer, fuse or softmax_fuse",
+        ),
+        (
+            args.pseudo_mixup and args.dual_consistency,
+            "--pseudo-mixup mixes the strong views, so --dual-consistency cannot compare them with the weak ones: "
+            "leave one of them out",
+        ),
+        (
+            args.confidence == "soft" and both_streams,
+            f"--confidence soft has no confident stream for --pseudo-type {args.pseudo_type} to ask: use cnn, "
+            "transformer, fuse or softmax_fuse",
+        ),
+        (
+            args.fairness_lambda > 0 and args.confidence != "free",
+            f"--fairness-lambda needs the averages of --confidence free, not of {args.confidence}",
+        ),
+        (
+            args.teacher == "ema" and not args.model_ema,
+            "--teacher ema needs the average that --no-model-ema leaves out: keep one of them",
+        ),
+        (
+            args.teacher == "ema" and args.model_ema_force_cpu,
+            "--teacher ema runs the average in every step, and --model-ema-force-cpu keeps it off the device: keep one",
+        ),
+    ):
+        if wrong:
+            raise ValueError(why)
 
 
 def _check_mixup(args):

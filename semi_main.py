@@ -27,6 +27,7 @@ from images.loading import evaluation_loader, read_batches, to_device, training_
 from losses import Recipe
 from models import build_model, enable_grad_checkpointing, fold_batchnorm
 from options import get_args_parser
+from pseudo_labels import PseudoLabeller
 from samplers import training_order
 from training import checkpoint, output_folder, report, tensorboard_log, validation
 from training.checkpoint import TrainState
@@ -164,6 +165,8 @@ class Run:
         self.state = TrainState(
             model, optimizer, scheduler, scaler, _average(args, model), classes=classes, bad_images=bad_images
         )
+        if self.unlabelled is not None:
+            self.state.labeller = self._labeller()
         # Both orders are built before the first step, so that a set that is too small is found now and not in epoch 30.
         self.labelled_order, self.unlabelled_order = (
             images and training_order(len(images), self.world, self.rank, args.seed, args.repeated_aug)
@@ -174,6 +177,25 @@ class Run:
         self._load()
         if args.compile:
             model.compile()  # in place, after the EMA was copied: the EMA and evaluation copies stay uncompiled
+
+    def _labeller(self):
+        """What turns the logits of weak views into pseudo labels, with all that it learns on the way."""
+        args, classes = self.args, len(self.labelled.samples.classes)
+        counts = torch.bincount(torch.as_tensor(self.labelled.targets[self.labelled.indices]), minlength=classes)
+        self.labelled_counts = counts
+        labeller = PseudoLabeller(
+            args.pseudo_type,
+            args.threshold,
+            args.temperature,
+            streams=self._streams(),
+            num_classes=classes,
+            rule=args.confidence,
+            align=args.align,
+            momentum=args.confidence_momentum,
+            shares=counts / counts.sum() if args.align == "shares" else None,
+            images=self.unlabelled.indices if args.confidence == "flex" else None,
+        )
+        return labeller.to(self.device)
 
     def _training_sets(self):
         sets = {"labelled": self.labelled, "unlabelled": self.unlabelled}
@@ -292,7 +314,7 @@ class Run:
             # Wrapped anew in every epoch, as it is after a resume: DDP regroups the gradients after its first step, and
             # the groups decide in which order those of more than two ranks are summed, which changes the rounding.
             _distributed(self.state.model, self.device),
-            self.state.model,
+            self.state.ema.module if args.teacher == "ema" else self.state.model,
             batches(self.labelled, self.labelled_order, labelled_batch, 0),
             batches(self.unlabelled, self.unlabelled_order, unlabelled_batch, 1) if semi else None,
             self.recipe,
