@@ -1,17 +1,77 @@
-"""The command line: every flag with its meaning and unit, and the checks that need nothing but the flags.
+"""The command line: every flag with its meaning and unit, and the checks that read no data.
 
 Flags keep their published names, types and defaults; tests/test_options.py freezes the set.
 """
 
 import argparse
+import difflib
 import math
+import os
+import re
+import sys
 
 import torch
+from PIL import Image
 
 import confidence
+import utils
 from datasets import DATA_SETS
+from images.transforms import train_view
+from losses import Recipe
+from models import check_name, has_two_streams
 from pseudo_labels import POLICIES, policy_of
-from utils import NOT_GIVEN
+from utils import NOT_GIVEN, print_main
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that answers mistakes in two lines and remembers which flags were on the command line.
+
+    A flag may be written with dashes or underscores (--output-dir for --output_dir), but not abbreviated. The parsed
+    Namespace has the dest names of the flags that were on the command line as `given`, a sorted list.
+    """
+
+    def __init__(self, *args, **settings):
+        # ours: the released parser takes --thresh for --threshold, as long as no other flag begins so.
+        super().__init__(*args, allow_abbrev=False, **settings)
+
+    def parse_args(self, args=None, namespace=None):
+        """Parse as argparse does; exits with status 2 and two lines for wrong words."""
+        words = self._as_declared(sys.argv[1:] if args is None else args)
+        parsed = super().parse_args(words, namespace)
+        # A default is not set where the Namespace has a value already, so what is no longer `absent` was given.
+        absent = object()
+        seen = super().parse_args(words, argparse.Namespace(**dict.fromkeys(vars(parsed), absent)))
+        parsed.given = sorted(name for name, value in vars(seen).items() if value is not absent)
+        return parsed
+
+    def error(self, message):
+        """Exit with status 2 and two lines: the message, and where the flags are explained."""
+        self.exit(2, f"{self.prog}: error: {utils.printable(message)}\nsee {self.prog} --help\n")
+
+    def _as_declared(self, words):
+        """The words, each flag written as it is declared; exits for a flag that there is not."""
+        declared = {flag.replace("_", "-"): flag for flag in self._option_string_actions}
+        end = words.index("--") if "--" in words else len(words)
+        return [*(self._flag_as_declared(word, declared) for word in words[:end]), *words[end:]]
+
+    def _flag_as_declared(self, word, declared):
+        name, equals, value = word.partition("=")
+        flag = declared.get(name.replace("_", "-"))
+        if not word.startswith("--") or " " in word and flag is None:  # argparse takes a word with a space for a value
+            return word
+        if flag is None:
+            self.error(f"unrecognized flag {name}" + self._suggestion(name.replace("_", "-"), declared))
+        return flag + equals + value
+
+    def _suggestion(self, name, declared):
+        shown = {
+            plain: flag
+            for plain, flag in declared.items()
+            if self._option_string_actions[flag].help is not argparse.SUPPRESS
+        }
+        longer = [plain for plain in shown if plain.startswith(name)]
+        close = longer[:3] or difflib.get_close_matches(name, shown, n=1, cutoff=0.7)
+        return f": did you mean {', '.join(shown[plain] for plain in close)}?" if close else ""
 
 
 class NoEffect(argparse.Action):
@@ -32,7 +92,7 @@ def boolean(text):
 
 def get_args_parser():
     """The parser of training and evaluation, a parent of the Slurm launcher's."""
-    parser = argparse.ArgumentParser("Semiformer training and evaluation", add_help=False)
+    parser = Parser("Semiformer training and evaluation", add_help=False)
     for add_flags in (
         _run_flags,
         _network_flags,
@@ -52,6 +112,19 @@ def get_args_parser():
     ):
         add_flags(parser)
     return parser
+
+
+def given(args):
+    """Dest names of the flags on the command line, sorted; in a Namespace made by hand, those not at their default."""
+    if hasattr(args, "given"):
+        return args.given
+    defaults = vars(recorded(get_args_parser().parse_args([])))
+    return sorted(name for name, value in vars(args).items() if name in defaults and value != defaults[name])
+
+
+def recorded(args):
+    """The flags alone, as a Namespace for checkpoints and run.json: without `given`."""
+    return argparse.Namespace(**{name: value for name, value in vars(args).items() if name != "given"})
 
 
 def _group(parser, title):
@@ -498,7 +571,7 @@ def _hardware_flags(parser):
     add(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device to train on; cuda where there is a GPU, else cpu",
+        help="device to train on: cpu, cuda or cuda:N, the N-th GPU counted from 0; cuda where there is one, else cpu",
     )
     add(
         "--amp",
@@ -520,7 +593,11 @@ def _hardware_flags(parser):
     add("--use-native-amp", action="store_true", help="the published name of --amp auto")
     add("--no-amp", action="store_true", help="the published name of --amp off")
     add(
-        "--num_workers", default=10, type=int, help="worker processes of a data loader; 0: load in the training process"
+        "--num_workers",
+        default=10,
+        type=int,
+        help="worker processes of a data loader; 0: load in the training process; without this flag at most as many "
+        "as the process has cores",
     )
     add("--pin-mem", action="store_true", default=True, help="pin batches in host memory, for faster copies to the GPU")
     add("--no-pin-mem", action="store_false", dest="pin_mem", help="do not pin; the default shown is that of --pin-mem")
@@ -558,9 +635,32 @@ def requested_amp(args):
     return asked[0][1] if asked else "auto"
 
 
+def fit_workers(args):
+    """The flags for this machine: --num_workers is, where it was not given, at most the cores of this process."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if "num_workers" in given(args) or args.num_workers <= cores:
+        return args
+    print_main(f"--num_workers {cores}, the cores of this process, instead of the default {args.num_workers}")
+    return argparse.Namespace(**{**vars(args), "num_workers": cores})
+
+
 def semi_supervised(args):
     """Whether any epoch may use unlabelled images."""
     return not args.supervise_only and not DATA_SETS[args.data_set].supervised_only
+
+
+def print_notes(args):
+    """Print a line where the run ends before a part of the method that its flags ask for begins."""
+    if args.eval or not semi_supervised(args):
+        return
+    recipe, last = Recipe.from_args(args), args.epochs - 1
+    if not recipe.is_semi(last):
+        flag, value, lacking = "--semi-start-epoch", args.semi_start_epoch, "is semi-supervised"
+    elif args.dual_consistency and not recipe.is_consistent(last):
+        flag, value, lacking = "--consistency-start-epoch", args.consistency_start_epoch, "has the consistency loss"
+    else:
+        return
+    print_main(f"Note: {flag} {value} is not below --epochs {args.epochs}, so no epoch of this run {lacking}.")
 
 
 def labelled_and_unlabelled(args):
@@ -601,18 +701,15 @@ def of_checkpoint(args, flags):
         flags: {name: value} of the training run, `checkpoint.flags_in`; {} where the file has none.
     Returns (args to evaluate with, lines for the user). Raises ValueError where one of them is no value of that flag.
     """
-    parser = get_args_parser()
-    given = getattr(args, "given", None)
-    if given is None:
-        given = [name for name in _OF_THE_NETWORK if getattr(args, name) != parser.get_default(name)]
+    named = given(args)
     taken, words = {}, []
-    for action in parser._actions:
+    for action in get_args_parser()._actions:
         name, flag = action.dest, action.option_strings[0]
         if name not in _OF_THE_NETWORK or name not in flags or flags[name] == getattr(args, name):
             continue
         if type(flags[name]) is not type(action.default) or action.choices and flags[name] not in action.choices:
             raise ValueError(f"The checkpoint was trained with {flag} {flags[name]!r}, which is no value of this flag.")
-        if name in given:
+        if name in named:
             words.append(f"was trained with {flag} {flags[name]}, not {getattr(args, name)} as {flag} says now.")
         else:
             taken[name] = flags[name]
@@ -670,6 +767,8 @@ _LIMITS = {
         lambda x: 0 <= x < 1 or x >= 1 and x.is_integer(),
         ("--max-bad-images",),
     ),
+    # What torch's generators take, less what the samplers add to it for later epochs.
+    "must be from -2**63 to 2**63 - 1": (lambda x: -(2**63) <= x < 2**63, ("--seed",)),
     "must be above 0 and at most 1": (lambda x: 0 < x <= 1, ("--select-ratio",)),
     f"must be one of {', '.join(_SCHEDULES)}": (lambda x: x in _SCHEDULES, ("--sched",)),
     "must be batch, pair or elem": (lambda x: x in ("batch", "pair", "elem"), ("--mixup-mode",)),
@@ -686,15 +785,28 @@ def check(args):
             value = _value(args, flag)
             if not holds(value):
                 raise ValueError(f"{flag} {value} {rule}")
-    for name, value in vars(args).items():
+    for name, value in vars(recorded(args)).items():
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 raise ValueError(f"--{name.replace('_', '-')} {number} must be a finite number")
+    utils.check_device_name(args.device)
+    check_folder("--output_dir", args.output_dir)
     requested_amp(args)
     if not args.eval:
         _check_shares(args)
         _check_mixup(args)
         _check_confidence(args)
+        _check_streams(args)
+        _check_policy(args)
+
+
+def check_folder(flag, folder):
+    """Raise ValueError, one sentence, where the folder of a flag is, or is below, something that is no folder."""
+    path = os.path.abspath(folder)
+    while path != os.path.dirname(path) and not os.path.isdir(path):
+        if os.path.lexists(path):
+            raise ValueError(f"{flag} {folder} cannot be a folder, because {path} is a file: choose another")
+        path = os.path.dirname(path)
 
 
 def _check_shares(args):
@@ -769,6 +881,36 @@ def _check_mixup(args):
         raise ValueError(
             f"{rule}: --batch-size {args.batch_size} is odd and all of it is labelled in the supervised phase; {remedy}"
         )
+
+
+def _check_streams(args):
+    if args.pseudo_type != "cnn" and not has_two_streams(args.model):
+        check_name(args.model)
+        raise ValueError(
+            f"--pseudo-type {args.pseudo_type} chooses between the streams of a two-stream network, and "
+            f"{args.model} has one: leave it out"
+        )
+
+
+def _check_policy(args):
+    """Raise ValueError where --aa is no policy, or one that fails as soon as an image comes."""
+    kind, *sections = args.aa.split("-")
+    if args.aa.lower() in ("", "none"):
+        return
+    # timm passes over a section without a number, and over the name of a set of operations that it does not know.
+    sets = ("tweights", "t3a", "t3aw") if kind == "rand" else ()
+    unknown = [section for section in sections if section not in sets and not re.match(r"(?!t)[a-z]+[0-9]", section)]
+    try:
+        if unknown:
+            raise ValueError(f"its part {unknown[0]!r} means nothing")
+        with utils.preserved_cpu_generators():
+            train_view(32, args.aa)(Image.new("RGB", (32, 32)))
+    except ValueError as error:
+        reason = str(error.__cause__ or error) or "unknown"  # timm's own, below that of the view
+        raise ValueError(
+            f"--aa {args.aa!r} is no policy in timm's notation ({reason}): write one like rand-m9-mstd0.5-inc1, "
+            "original-mstd0.5 or augmix-m5-w4-d2"
+        ) from error
 
 
 def _value(args, flag):

@@ -4,15 +4,17 @@
 
 A folder stands for all images below it. Images are resized and cropped as in `semi_main.py --eval`; probabilities are
 the softmax of the streams' summed logits. The CSV columns are path, rank, class and probability. Images that cannot
-be read are named on stderr and left out; the exit status is then 1.
+be read, or for which the network computes no finite probabilities, are named on stderr and left out; the exit status is
+then 1. On a terminal, control characters in names are shown as escapes; files and pipes get the names as they are.
 """
 
-import argparse
 import csv
 import io
 import json
+import math
 import os
 import sys
+from argparse import RawDescriptionHelpFormatter
 from contextlib import redirect_stdout
 from functools import partial
 
@@ -21,10 +23,10 @@ from torch.utils.data import DataLoader
 
 import utils
 from images.decoding import UnreadableImage, read_rgb
-from images.files import printable
 from images.folders import images_below, left_out_words
 from images.loading import raw_batches
 from models import fold_batchnorm, pretrained
+from options import Parser
 
 
 class ImageFiles:
@@ -42,7 +44,7 @@ class ImageFiles:
         except UnreadableImage as error:
             return None, str(error)
         except ValueError as error:  # a size that the view does not accept
-            return None, f"{printable(self.paths[i])}: {error}"
+            return None, f"{utils.printable_path(self.paths[i])}: {error}"
 
 
 def _collate(items):
@@ -70,7 +72,7 @@ def paths_of(entries):
                 "name image files or a folder that contains some."
             )
         if words:
-            sys.stderr.write(f"predict.py: pictures below {printable(entry)} are left out: {words}.\n")
+            sys.stderr.write(f"predict.py: pictures below {utils.printable_path(entry)} are left out: {words}.\n")
         paths += [os.path.join(entry, path) for path in sorted(below)]
     return paths
 
@@ -85,9 +87,10 @@ def predict(network, view, paths, top=5, batch_size=64, workers=0, device="cpu")
         paths: the image files.
         top: number of most probable classes per image.
         batch_size, workers: of the loader; without workers this process reads the images.
-        device: of the network, "cpu" or "cuda".
+        device: of the network, "cpu", "cuda" or "cuda:N".
 
-    The error message is "", or a sentence for an image that cannot be read, whose list of classes is empty.
+    The error message is "", or a sentence for an image that cannot be read or whose probabilities are not finite; its
+    list of classes is empty.
     """
     network = fold_batchnorm(network).to(device, memory_format=torch.channels_last)
     loader = DataLoader(ImageFiles(paths, view), batch_size, num_workers=workers, collate_fn=_collate)
@@ -98,8 +101,11 @@ def predict(network, view, paths, top=5, batch_size=64, workers=0, device="cpu")
             probabilities = sum(network(images.to(device))).softmax(1)
             values, classes = (x.tolist() for x in probabilities.topk(min(top, probabilities.shape[1])))
             rows = (list(zip(*row)) for row in zip(classes, values))
-        for error in errors:
-            yield next(remaining), [] if error else next(rows), error
+        for error, path in zip(errors, remaining):
+            row = [] if error else next(rows)
+            if not all(math.isfinite(probability) for _, probability in row):
+                row, error = [], f"The network's probabilities for {path} are not finite: check its weights."
+            yield path, row, error
 
 
 def as_text(rows, style):
@@ -108,7 +114,7 @@ def as_text(rows, style):
         records = [
             {"path": path, "top": [{"class": c, "probability": round(p, 6)} for c, p in top]} for path, top in rows
         ]
-        return json.dumps(records, indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(records, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(("path", "rank", "class", "probability"))
@@ -117,10 +123,21 @@ def as_text(rows, style):
     return file.getvalue()
 
 
+def check_output(output, inputs):
+    """Raise ValueError where writing the file `output` would replace one of the input files."""
+    if not os.path.exists(output):
+        return
+    for path in inputs:
+        if os.path.exists(path) and os.path.samefile(output, path):
+            raise ValueError(f"--output {output} would replace the input {path}: choose another file.")
+
+
+def _warn(message):
+    sys.stderr.write(utils.printable(f"predict.py: {message}\n"))
+
+
 def _parser():
-    parser = argparse.ArgumentParser(
-        "predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("predict.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders of images at any depth")
     pretrained.add_flags(parser)
@@ -130,12 +147,12 @@ def _parser():
     add("--batch-size", type=int, default=64, metavar="N", help="images per batch (default: %(default)s)")
     add("--workers", type=int, default=0, metavar="N",
         help="processes that load images; 0: the main process does (default: %(default)s)")  # fmt: skip
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="device of the network (default: %(default)s)")
+    add("--device", default="cpu", help="device of the network: cpu, cuda or cuda:N (default: %(default)s)")
     return parser
 
 
 def main(argv=None):
-    """Classify the images of the command line and write the result. Return the exit status: 1 if one was unreadable.
+    """Classify the images of the command line and write the result. Return the exit status: 1 if one was left out.
 
     Raises ValueError or OSError with a one-sentence message for bad input.
     """
@@ -147,19 +164,20 @@ def main(argv=None):
     ):
         if value < least:
             raise ValueError(f"{flag} {value} must be at least {least}.")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but PyTorch sees no CUDA GPU here: pass --device cpu.")
+    utils.check_device(args.device)
     paths = paths_of(args.images)
+    if args.output:
+        check_output(args.output, [args.checkpoint, *([args.classes] if args.classes else []), *paths])
     with redirect_stdout(sys.stderr):  # messages of a download must not end up in the output
         model = pretrained.from_flags(args)
     if not model.classes:
-        sys.stderr.write(f"predict.py: {args.checkpoint} has no class names, so classes are numbers: see --classes.\n")
+        _warn(f"{args.checkpoint} has no class names, so classes are numbers: see --classes.")
     names, rows, status = model.classes or list(map(str, range(model.num_classes))), [], 0
     for path, top, error in predict(
         model.network, model.view, paths, args.top, args.batch_size, args.workers, args.device
     ):
         if error:
-            sys.stderr.write(f"predict.py: {error}\n")
+            _warn(error)
             status = 1
         else:
             printable = os.fsencode(path).decode("utf-8", "backslashreplace")  # a file name may not be UTF-8
@@ -168,7 +186,7 @@ def main(argv=None):
     if args.output:
         utils.write_atomic(args.output, text, "--output")
     else:
-        sys.stdout.write(text)
+        sys.stdout.write(utils.printable(text) if sys.stdout.isatty() else text)
     return status
 
 

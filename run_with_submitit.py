@@ -20,6 +20,7 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 import semi_main
+import utils
 from training import output_folder
 
 CPUS_PER_TASK, GB_PER_TASK = 10, 40
@@ -36,7 +37,7 @@ HOLD_SIGNAL = (
 
 def get_args_parser():
     """Return the parser of semi_main.py with the eleven flags of the released launcher added."""
-    parser = argparse.ArgumentParser("run_with_submitit.py", parents=[semi_main.get_args_parser()])
+    parser = semi_main.options.Parser("run_with_submitit.py", parents=[semi_main.get_args_parser()])
     # ours: the default is not detected here, because the machine that submits the job often has no GPU.
     parser.set_defaults(device="cuda")
     add = parser.add_argument_group("job").add_argument
@@ -110,6 +111,7 @@ def check(args):
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
     if args.local and args.nodes > 1:
         raise ValueError(f"--local runs on this machine alone, so --nodes {args.nodes} must be 1")
+    semi_main.options.check_folder("--job_dir" if args.job_dir else "--shared_folder", job_folder(args))
     if not args.local and shutil.which("srun") is None:
         raise ValueError("There is no Slurm (srun) on this machine: submit from one that has it, or pass --local")
     if args.resume and args.resume_jobid:
@@ -117,13 +119,17 @@ def check(args):
     semi_main.options.check(args)
 
 
+def job_folder(args):
+    """Return the absolute path of the job folder, still containing %j."""
+    return str(Path(args.job_dir or Path(args.shared_folder or SHARED_FOLDER, "%j")).expanduser().absolute())
+
+
 def job_flags(args):
     """Return the flags of the tasks, with the job folder (still containing %j) and the earlier job's checkpoint.
 
     Raises FileNotFoundError if the job of --resume_jobid has no such checkpoint.
     """
-    job_dir = args.job_dir or Path(args.shared_folder or SHARED_FOLDER, "%j")
-    folder, resume = str(Path(job_dir).expanduser().absolute()), args.resume
+    folder, resume = job_folder(args), args.resume
     if args.resume_jobid:
         resume = str(Path(folder.replace("%j", args.resume_jobid), args.resume_name))
         if not Path(resume).is_file():
@@ -183,7 +189,7 @@ def main(args):
     if args.local:
         error = failure(job)
         if error is not None:
-            sys.exit(f"Job {job.job_id} failed, and its log ends with:\n{error}")
+            sys.exit(utils.printable(f"Job {job.job_id} failed, and its log ends with:\n{error}"))
         semi_main.print_main(f"Job {job.job_id} finished.")
 
 
@@ -192,4 +198,4 @@ if __name__ == "__main__":
     try:
         main(arguments)
     except (ValueError, OSError, FailedJobError, FailedSubmissionError) as error:
-        sys.exit(f"run_with_submitit.py: error: {error}")
+        sys.exit(utils.printable(f"run_with_submitit.py: error: {error}"))

@@ -5,7 +5,6 @@
 Source of the loop: DeiT (facebookresearch/deit, main.py); of the method: Weng et al., ECCV 2022.
 """
 
-import argparse
 import math
 import sys
 import time
@@ -25,7 +24,7 @@ from datasets import build_training_sets, build_validation_set
 from engine import evaluate, train_one_epoch
 from images.loading import evaluation_loader, read_batches, to_device, training_loader
 from losses import Recipe
-from models import build_model, enable_grad_checkpointing, fold_batchnorm
+from models import build_model, enable_grad_checkpointing, fold_batchnorm, has_two_streams
 from options import get_args_parser
 from pseudo_labels import PseudoLabeller
 from samplers import training_order
@@ -187,7 +186,7 @@ class Run:
             args.pseudo_type,
             args.threshold,
             args.temperature,
-            streams=self._streams(),
+            streams=1 + has_two_streams(args.model),
             num_classes=classes,
             rule=args.confidence,
             align=args.align,
@@ -275,7 +274,7 @@ class Run:
             print_main("No --output_dir: nothing of this run is saved.")
         self.output.write_run_json(
             lambda: {
-                "args": vars(args),
+                "args": vars(options.recorded(args)),
                 "environment": utils.environment(),
                 "n_parameters": self.n_parameters,
                 "world_size": self.world,
@@ -389,7 +388,7 @@ class Run:
         names.append(output_folder.LATEST)
 
         def content():
-            content = state.to_dict(self.args)
+            content = state.to_dict(options.recorded(self.args))
             if place := validation.not_finite({key: content.get(key) for key in ("model", "model_ema", "optimizer")}):
                 raise FloatingPointError(
                     f"After epoch {state.epoch} {place} is not finite: the weights are broken, and not saved. "
@@ -476,6 +475,8 @@ def main(args):
     if args.tensorboard and not args.eval:
         tensorboard_log.check(args.output_dir)
     device = utils.init_distributed(args.device, args.dist_url, args.world_size, args.use_submitit)
+    args = options.fit_workers(args)  # here, because the machine that submitted a job may have other cores
+    options.print_notes(args)
     if args.output_dir:
         with utils.writing(args.output_dir):
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -490,4 +491,4 @@ def main(args):
 if __name__ == "__main__":
     sys.excepthook = partial(utils.excepthook, "semi_main.py")
     utils.interrupt_once()
-    main(argparse.ArgumentParser("semi_main.py", parents=[get_args_parser()]).parse_args())
+    main(options.Parser("semi_main.py", parents=[get_args_parser()]).parse_args())

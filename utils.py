@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -47,16 +48,37 @@ def _slurm_environment():
     }
 
 
+def check_device_name(device):
+    """Raise ValueError, one sentence, where `--device` is none of ours, on whatever machine."""
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]*))?", device):
+        raise ValueError(f"--device {device} must be cpu, cuda or cuda:N, the N-th GPU counted from 0")
+
+
+def check_device(device):
+    """Raise ValueError, one sentence, where this machine does not have the device."""
+    check_device_name(device)
+    if device == "cpu":
+        return
+    if not torch.cuda.is_available():
+        raise ValueError(f"--device {device}, but PyTorch sees no CUDA GPU here: pass --device cpu.")
+    count = torch.cuda.device_count()
+    if int(device.removeprefix("cuda").lstrip(":") or 0) >= count:
+        raise ValueError(
+            f"--device {device}, but the last of the {count} GPU(s) that PyTorch sees here is cuda:{count - 1}; "
+            "each process needs one."
+        )
+
+
 def init_distributed(device, dist_url="env://", world_size=1, from_slurm=False):
     """Join the process group that torchrun or Slurm describes. A plain process joins none.
 
     Args:
-        device: 'cuda' or 'cpu'; the group's backend is NCCL or gloo accordingly.
+        device: 'cuda', 'cuda:N' or 'cpu'; the group's backend is NCCL or gloo accordingly.
         dist_url: the address at which the processes meet.
         world_size: the number of processes according to the flags; 1: as many as the launcher started.
         from_slurm: require Slurm's environment (`--use_submitit true`).
     Returns this process's torch.device.
-    Raises ValueError where the environment contradicts the flags.
+    Raises ValueError where the environment contradicts the flags, or this machine has no such device.
     """
     env = {} if "RANK" in os.environ else _slurm_environment()
     if from_slurm and not env and "SLURM_PROCID" not in os.environ:
@@ -67,12 +89,11 @@ def init_distributed(device, dist_url="env://", world_size=1, from_slurm=False):
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size not in (1, world):
         raise ValueError(f"--world_size {world_size}, but the launcher started {world}: use torchrun --nproc_per_node.")
-    if device.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise ValueError("--device cuda, but PyTorch sees no CUDA GPU here: pass --device cpu.")
-        if world > 1:
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
+    check_device(device)
+    if device.startswith("cuda") and world > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        check_device(device)
+        torch.cuda.set_device(device)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with(os.getppid())
     if "RANK" in os.environ and world > 1:
@@ -161,15 +182,28 @@ def broadcast_buffers(*models):
                 buffer.copy_(staged)
 
 
+def printable(text, kept="\n\t"):
+    """Text for a terminal: control characters and the like, but those in `kept`, as escapes.
+
+    A class or a folder may have any name, which could otherwise move the cursor, change colours or hide other lines.
+    """
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def printable_path(path):
+    """A path, or another text, in one line of a message: bytes of a name that are no UTF-8 become escapes, too."""
+    return printable(os.fsdecode(path), kept="").replace("\\udc", "\\x")  # Python stands U+DCFF for the byte FF
+
+
 def print_main(*words):
     """Print on the main process."""
     if is_main():
-        print(*words, flush=True)
+        print(*map(printable, words), flush=True)
 
 
 def print_rank(*words):
     """Print on any process, with its rank in front."""
-    print(f"[rank {world_and_rank()[1]}]", *words, flush=True)
+    print(f"[rank {world_and_rank()[1]}]", *map(printable, words), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- seeds
@@ -488,5 +522,5 @@ def excepthook(program, kind, error, trace):
         message = f"{program}: stopped, because another rank failed: see its error above ({reason})\n"
     else:
         message = "".join(traceback.format_exception(kind, error, trace))
-    sys.stderr.write(message)
+    sys.stderr.write(printable(message))
     sys.stderr.flush()

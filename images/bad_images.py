@@ -1,8 +1,7 @@
 """Unreadable training images: which were met, how many are tolerated, and what the user is shown."""
 
 from images.decoding import UnreadableImage
-from images.files import printable
-from utils import gather, print_rank
+from utils import gather, print_rank, printable_path
 
 LEAST = 5  # so many unreadable images a share of the list allows at least, because every small folder has one
 
@@ -73,7 +72,7 @@ class BadImages:
 
     def _check(self, indices):
         if self.too_many(len(indices)):
-            names = [printable(self.source.path(index)) for index in sorted(indices)]
+            names = [printable_path(self.source.path(index)) for index in sorted(indices)]
             raise UnreadableImage(
                 f"At least {len(names)} of {self.total} images in {self.source.root} cannot be read and "
                 f"--max-bad-images allows {self.tolerated} (a share allows {LEAST} at least): "

@@ -11,7 +11,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from images.files import printable, read_regular
+from images.files import read_regular
+from utils import printable_path
 
 # Errors of the operating system that concern this one file. Any other, such as too many open files or a stale mount,
 # does not mean that the image is broken.
@@ -47,7 +48,7 @@ def _read_bytes(path):
     except OSError as error:
         if error.errno not in _FILE_ERRNOS:
             raise
-        raise UnreadableImage(f"Cannot read the image {printable(path)}: {error.strerror}") from error
+        raise UnreadableImage(f"Cannot read the image {printable_path(path)}: {error.strerror}") from error
 
 
 def _decode(content):
@@ -88,9 +89,9 @@ def _decode_or_raise(content, path):
     except (OSError, *_DECODING_ERRORS) as error:
         # The text of UnidentifiedImageError is the memory address of the buffer, which helps nobody.
         unidentified = "it is empty" if not content else "it is not an image that Pillow knows"
-        text = printable(" ".join(str(error).split())) or repr(error)
+        text = printable_path(" ".join(str(error).split())) or repr(error)
         reason = unidentified if isinstance(error, UnidentifiedImageError) else text
-        raise UnreadableImage(f"Cannot read the image {printable(path)}: {reason}") from error
+        raise UnreadableImage(f"Cannot read the image {printable_path(path)}: {reason}") from error
 
 
 def _jpeg(content):

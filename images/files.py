@@ -1,4 +1,4 @@
-"""Reading of whole regular files, and file names as text."""
+"""Reading of whole regular files."""
 
 import errno
 import os
@@ -31,9 +31,3 @@ def read_regular(path):
         if not left:
             raise OSError(errno.EFBIG, f"it is larger than {MAX_BYTES:,} bytes", str(path))
     return b"".join(chunks)
-
-
-def printable(text):
-    """A path or another text in one line: bytes that are not UTF-8 and control characters become escapes."""
-    letters = (letter if letter.isprintable() else ascii(letter)[1:-1] for letter in os.fsdecode(text))
-    return "".join(letters).replace("\\udc", "\\x")  # Python stands U+DCFF for the byte FF

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from images.files import printable
+from utils import printable_path
 
 # Formats that Pillow knows but that are no pictures, are programs, or are not read by Pillow itself.
 _NOT_READ = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}
@@ -57,7 +57,8 @@ def visible_entries(folder):
         with os.scandir(folder) as entries:
             return [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
-        raise OSError(f"Cannot list the folder {printable(folder)} ({error.strerror}): give access to it.") from error
+        name = printable_path(folder)
+        raise OSError(f"Cannot list the folder {name} ({error.strerror}): give access to it.") from error
 
 
 def is_folder(entry):

@@ -12,10 +12,9 @@ import numpy as np
 from PIL import Image
 
 from images.decoding import read_pixels, read_rgb
-from images.files import printable
 from images.folders import contains, images_below, is_folder, left_out_words, visible_entries
 from images.tables import LOOKED_AT, check_entry, csv_rows, list_rows, quoted, read_text, split_entries
-from utils import print_main
+from utils import print_main, printable_path
 
 
 class FileSource:
@@ -134,7 +133,7 @@ def image_folder(root):
 
 def _class_images(root, name):
     """`images_below` of a class folder, which must hold images and have a name that can be written to a log."""
-    folder = f"The class folder {printable(root / name)}"
+    folder = f"The class folder {printable_path(root / name)}"
     if any("\ud800" <= letter <= "\udfff" for letter in name):
         raise ValueError(f"{folder} has a name that is not UTF-8: rename it.")
     if contains(root / name, root):
@@ -148,7 +147,7 @@ def _class_images(root, name):
 
 def _tell_left_out(folder, left_out):
     if left_out:
-        print_main(f"Pictures below {printable(folder)} are left out: {left_out_words(left_out)}.")
+        print_main(f"Pictures below {printable_path(folder)} are left out: {left_out_words(left_out)}.")
 
 
 def unlabelled_images(path):

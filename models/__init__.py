@@ -11,6 +11,11 @@ from models.blocks import fold_batchnorm, update_statistics_once  # noqa: F401  
 NAMES = [*semiformer.default_cfgs, *convmixer.default_cfgs, *baselines.default_cfgs]  # our own networks
 
 
+def has_two_streams(name):
+    """Whether the network of this name has a CNN and a transformer stream."""
+    return name.startswith(("Semiformer_", "Conformer_"))
+
+
 def check_name(name):
     """Raise ValueError, suggesting similar names, where neither we nor timm have a network of this name."""
     if not timm.is_model(name):
@@ -35,7 +40,7 @@ def build_model(
     """
     check_name(name)
     settings = dict(overrides, num_classes=num_classes)
-    if name.startswith(("Semiformer_", "Conformer_")):
+    if has_two_streams(name):
         if drop_block is not None:
             raise ValueError(f"--drop-block does not apply to the two-stream network {name}: leave it out.")
         return timm.create_model(name, drop_rate=drop, drop_path_rate=drop_path, remove_fcu=remove_fcu, **settings)

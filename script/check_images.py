@@ -19,8 +19,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from images.decoding import UnreadableImage, read_rgb
-from images.files import printable
 from images.folders import images_below, left_out_words
+from utils import printable_path
 
 CHUNK = 32  # images that a worker reads at a time
 CONVERSIONS = {  # Pillow mode: how it becomes RGB
@@ -111,7 +111,7 @@ def main(argv=None):
         counts, unreadable = check_all(args.root, paths, args.workers)
         total = counts.total() + len(unreadable)
         rows = [*counts.most_common(), ("unreadable", len(unreadable))]
-        rows.append((f"in total below {printable(args.root)}", total))
+        rows.append((f"in total below {printable_path(args.root)}", total))
         print(*unreadable.values(), *(f"{count:>10,}  {name}" for name, count in rows), sep="\n")
         if left_out:
             print(f"Left out {left_out}.")

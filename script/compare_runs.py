@@ -2,10 +2,11 @@
 
     python -m script.compare_runs output/*/ [--metric acc1]
 
-A RUN is an --output_dir of semi_main.py. Runs share a row if they stopped after the same epoch and differ only in the
-seed, the output folder, and the seed's number in a path (data/seed0, data/seed1). Rows of runs that did not reach their
-last epoch are marked unfinished. Results are those of the last line of the log; the standard deviation over the runs of
-a row is that of the sample (n - 1).
+A RUN is an --output_dir of semi_main.py; other files and folders are named on stderr and left out. Runs share a row if
+they stopped after the same epoch and differ only in the seed, the output folder, and the seed's number in a path
+(data/seed0, data/seed1). Rows of runs that did not reach their last epoch are marked unfinished. Results are those of
+the last line of the log; the standard deviation over the runs of a row, where there are several, is that of the sample
+(n - 1).
 """
 
 import argparse
@@ -15,6 +16,8 @@ import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from utils import printable
 
 IGNORED_FLAGS = ("output_dir", "resume", "seed", "num_workers", "tensorboard")
 COLUMNS = {
@@ -97,6 +100,48 @@ def read_runs(folders):
     return [Run(folder, read_flags(folder / "run.json"), read_log(folder / "log.txt")) for folder in folders]
 
 
+def why_no_run(folder):
+    """Why a path is not the folder of a run that has evaluated an epoch, in words; None if it may be one."""
+    if not folder.is_dir():
+        return "it is no folder"
+    for name in ("run.json", "log.txt"):
+        if not (folder / name).is_file():
+            return f"it has no {name}"
+    return None if (folder / "log.txt").stat().st_size else "its log.txt is empty"
+
+
+def runs_among(paths):
+    """The Run of each path that is a run's folder; the other files and folders are named on stderr, a line each.
+
+    Raises FileNotFoundError for a path that does not exist, ValueError if none is a run, and the errors of `read_runs`.
+    """
+    paths = [Path(path) for path in paths]
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist: give an --output_dir of semi_main.py.")
+    skipped = {path: reason for path in paths if (reason := why_no_run(path))}
+    if len(skipped) == len(set(paths)):
+        first, reason = next(iter(skipped.items()))
+        none = f"{first} is not" if len(skipped) == 1 else f"None of these {len(skipped)} paths, such as {first}, is"
+        raise ValueError(
+            f"{none} the folder of a run that has evaluated an epoch, because {reason}: give an --output_dir of "
+            "semi_main.py."
+        )
+    for path, reason in skipped.items():
+        print(printable(f"Left out {path}, because {reason}."), file=sys.stderr)
+    return read_runs([path for path in paths if path not in skipped])
+
+
+def short_names(folders):
+    """The shortest ends of the folders' paths, of the same number of parts, that are all different."""
+    parts = [Path(folder).resolve().parts for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = [str(Path(*part[-length:])) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
 def without_seed(value, seed):
     """Replace the seed's number in a path, alone or after 'seed', by '{seed}'; other values are returned unchanged."""
     if not isinstance(value, str):
@@ -135,19 +180,22 @@ def group_runs(runs):
 
 
 def mean_and_deviation(runs, meter):
-    """Mean ± sample standard deviation of a meter at the runs' last epoch, as text; '-' where there is no value."""
+    """Mean ± sample standard deviation of a meter at the runs' last epoch, as text; '-' where there is no value.
+
+    Of a single value, the value alone.
+    """
     scale, digits = (100, ".2f") if meter in SHARES else (1, ".2f" if "_acc" in meter else ".4g")
     values = [scale * run.last[meter] for run in runs if run.last.get(meter) is not None]
     if not values:
         return MISSING
-    deviation = format(statistics.stdev(values), digits) if len(values) > 1 else MISSING
+    deviation = f" ± {statistics.stdev(values):{digits}}" if len(values) > 1 else ""
     coverage = f" ({len(values)} of {len(runs)})" if len(values) < len(runs) else ""
-    return f"{statistics.fmean(values):{digits}} ± {deviation}{coverage}"
+    return f"{statistics.fmean(values):{digits}}{deviation}{coverage}"
 
 
 def markdown(header, rows, left):
     """A Markdown table with padded columns; the first `left` columns are left-aligned, the others right-aligned."""
-    rows = [[str(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    rows = [[printable(cell, kept="").replace("|", "\\|") for cell in row] for row in (header, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*rows)]
     rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     rows = [[f"{cell:{'<' if i < left else '>'}{widths[i]}}" for i, cell in enumerate(row)] for row in rows]
@@ -167,13 +215,19 @@ def compare(runs, metrics=()):
             raise ValueError(f"--metric {metric} is not in the last lines of these logs: choose from {sorted(known)}.")
         columns[name] = COLUMNS.get(name, name)
     flags, rows = group_runs(runs)
+    names = dict(zip((run.folder for run in runs), short_names([run.folder for run in runs])))
     body = []
     for values, members in rows:
+        # Folders that differ by the seed's number share a name; others are listed.
+        called = dict.fromkeys(without_seed(names[run.folder], run.flags["seed"]) for run in members)
+        name = ", ".join(called) if len(members) > 1 else names[members[0].folder]
         seeds = ", ".join(str(seed) for seed in sorted(run.flags["seed"] for run in members))
         epochs = members[0].last["epoch"] + 1
         epochs = f"{epochs} of {members[0].flags['epochs']}, unfinished" if members[0].unfinished else epochs
-        body.append([*values, len(members), seeds, epochs, *(mean_and_deviation(members, name) for name in columns)])
-    return markdown([*flags, "n", "seeds", "epochs run", *columns.values()], body, len(flags))
+        body.append(
+            [name, *values, len(members), seeds, epochs, *(mean_and_deviation(members, name) for name in columns)]
+        )
+    return markdown(["run", *flags, "n", "seeds", "epochs run", *columns.values()], body, 1 + len(flags))
 
 
 def main(argv=None):
@@ -185,9 +239,9 @@ def main(argv=None):
     )
     args = parser.parse_args(argv)
     try:
-        print(compare(read_runs(args.runs), args.metric))
+        print(compare(runs_among(args.runs), args.metric))
     except (ValueError, OSError) as error:
-        sys.exit(f"compare_runs.py: error: {error}")
+        sys.exit(printable(f"compare_runs.py: error: {error}"))
 
 
 if __name__ == "__main__":

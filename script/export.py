@@ -9,7 +9,6 @@ onnxruntime must agree with PyTorch's to 1e-4 for batches of 1 and 3 images; oth
 exit status is 1.
 """
 
-import argparse
 import hashlib
 import importlib.util
 import io
@@ -17,6 +16,7 @@ import json
 import logging
 import sys
 import warnings
+from argparse import RawDescriptionHelpFormatter
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import nn
 
 import utils
 from models import fold_batchnorm, pretrained
-from options import get_args_parser
+from options import Parser, get_args_parser
 from training import checkpoint
 
 TOLERANCE = 1e-4  # largest difference of a logit
@@ -160,7 +160,7 @@ def _results(model, folder, name, ema):
 def _flags(flags):
     if not flags:
         return f"{UNKNOWN}: the checkpoint holds no flags."
-    default = vars(argparse.ArgumentParser(parents=[get_args_parser()]).parse_args([]))
+    default = vars(get_args_parser().parse_args([]))
     rows = [(f"`{key}`", f"`{value}`") for key, value in sorted(flags.items())
             if key in default and key not in IGNORED_FLAGS and value != default[key]]  # fmt: skip
     return _table(rows) if rows else "none"
@@ -225,9 +225,7 @@ def _round(values):
 
 def main(argv=None):
     """Export a checkpoint and print what was written. Raises ValueError or OSError for bad input."""
-    parser = argparse.ArgumentParser(
-        "export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("export.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     pretrained.add_flags(parser)
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="folder, created if missing")
     parser.add_argument("--no-onnx", action="store_true", help="do not write model.onnx")
@@ -245,7 +243,7 @@ def main(argv=None):
         onnx = f"summed logits, opset {OPSET}, at most {worst:.1e} from PyTorch (onnxruntime, 1 and 3 images of noise)"
         print(f"model.onnx: {onnx}")
     utils.write_atomic(args.output / "README.md", model_card(model, args.checkpoint, args.ema, onnx), "--output")
-    print(f"Exported {model.name} from {args.checkpoint} to {args.output}")
+    print(utils.printable(f"Exported {model.name} from {args.checkpoint} to {args.output}"))
 
 
 if __name__ == "__main__":

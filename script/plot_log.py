@@ -2,8 +2,8 @@
 
     python -m script.plot_log output/supervised output/semi [--output log.png]
 
-A RUN is an --output_dir of semi_main.py. Each run has a colour (Okabe and Ito, 2008), each stream a line style, and
-each evaluated epoch a dot.
+A RUN is an --output_dir of semi_main.py; other files and folders are named on stderr and left out. Each run has a
+colour (Okabe and Ito, 2008), each stream a line style, and each evaluated epoch a dot.
 """
 
 import argparse
@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from script import picture
-from script.compare_runs import SHARES, read_runs
+from script.compare_runs import SHARES, runs_among, short_names
+from utils import printable
 
 try:
     import matplotlib
@@ -43,16 +44,6 @@ PANELS = (  # title, label of the y axis, {meter: a key of STYLES}
 EMPTY = "not in these logs"
 
 
-def short_names(folders):
-    """The shortest ends of the folders' paths, of the same number of parts, that are all different."""
-    parts = [Path(folder).resolve().parts for folder in folders]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = [str(Path(*part[-length:])) for part in parts]
-        if len(set(names)) == len(names):
-            break
-    return names
-
-
 def points(log, meter):
     """(epochs, values) of the records that contain the meter; shares of 0..1 are returned in percent."""
     scale = 100 if meter in SHARES else 1
@@ -80,7 +71,7 @@ def draw(runs):
     """The matplotlib figure of up to seven runs, with the panels of PANELS. Raises ValueError for more runs."""
     if len(runs) > len(COLOURS):
         raise ValueError(f"There are {len(runs)} runs for {len(COLOURS)} colours: plot fewer at a time.")
-    names = short_names([run.folder for run in runs])
+    names = [printable(name, kept="") for name in short_names([run.folder for run in runs])]
     columns = 2 if max(map(len, names)) > 24 else 4
     with matplotlib.rc_context({"font.size": 8, "axes.titlesize": 8.5, "lines.linewidth": 1.1}):
         height = 6.6 + 0.17 * -(-len(runs) // columns)
@@ -110,10 +101,11 @@ def main(argv=None):
     if matplotlib is None:
         sys.exit("plot_log.py: error: matplotlib is not installed: pip install -r requirements-dev.txt.")
     try:
-        picture.save(lambda: draw(read_runs(args.runs)), args.output)
+        runs = runs_among(args.runs)
+        picture.save(lambda: draw(runs), args.output)
     except (ValueError, OSError) as error:
-        sys.exit(f"plot_log.py: error: {error}")
-    print(f"Plotted {len(args.runs)} run(s) in {args.output}")
+        sys.exit(printable(f"plot_log.py: error: {error}"))
+    print(printable(f"Plotted {len(runs)} run(s) in {args.output}"))
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def draw(rows):
 
 def main(argv=None):
     """Draw the contact sheet and save it."""
-    parser = argparse.ArgumentParser(
+    parser = options.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[options.get_args_parser()]
     )
     group = parser.add_argument_group("contact sheet")

@@ -129,8 +129,9 @@ def run(folder, flags, threads):
     record.write_text(json.dumps(entry, indent=2) + "\n")
     print(f"{folder}: {'done' if status == 0 else 'failed'} after {entry['seconds']:.0f} s", flush=True)
     if status:
-        last = (folder / "out.txt").read_text().strip().splitlines()[-1:]
-        raise RuntimeError(f"{folder} ended with status {process.returncode}: {' '.join(last)} (see its out.txt)")
+        lines = (folder / "out.txt").read_text().strip().splitlines() or [""]
+        cause = next((line for line in reversed(lines) if "error: " in line), lines[-1])
+        raise RuntimeError(f"{folder} ended with status {process.returncode}: {cause} (see its out.txt)")
 
 
 def run_all(args, folder, data):

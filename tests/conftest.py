@@ -1,5 +1,8 @@
 """Fixtures of several test files. The image trees are written once for all tests of a process; no test changes them."""
 
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
 import pytest
 import torch
 
@@ -34,3 +37,37 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """(address, {path: bytes or an address}, paths asked for): serves the bytes or a redirect to the address.
+
+    Bytes whose path has /cut/ in it break off half-way; where it begins with /open/, their length is not announced.
+    """
+    content, asked = {}, []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            body = content.get(self.path)
+            if body is None:
+                return self.send_error(404)
+            self.send_response(302 if isinstance(body, str) else 200)
+            if isinstance(body, str):
+                self.send_header("Location", body)
+                return self.end_headers()
+            if not self.path.startswith("/open/"):
+                self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[: len(body) // 2] if "/cut/" in self.path else body)
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_port}", content, asked
+        http.shutdown()

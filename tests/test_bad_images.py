@@ -21,6 +21,7 @@ from images.readers import FileSource, Samples
 from options import get_args_parser
 from samplers import training_order
 from tests.trees import SMALL, broken_images, draw, make_tree, semi_main, special_files
+from utils import printable_path
 
 torch.set_num_threads(1)
 
@@ -183,7 +184,7 @@ def test_names_are_printed_in_one_line_of_utf8(tmp_path):
     with pytest.raises(UnreadableImage) as refusal:
         read_rgb(tmp_path / name)
     assert str(refusal.value) == rf"Cannot read the image {tmp_path}/caf\xe9 \x1b[31m\né.png: No such file or directory"
-    assert [files.printable(text) for text in ("a\u2028b", "日本 🐈\\n", "\ud800")] == [
+    assert [printable_path(text) for text in ("a\u2028b", "日本 🐈\\n", "\ud800")] == [
         r"a\u2028b", "日本 🐈\\n", r"\ud800"]  # fmt: skip
 
 

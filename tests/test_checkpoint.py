@@ -281,6 +281,11 @@ def test_what_is_no_list_of_names_is_no_class_names(content):
     assert checkpoint.classes_in(content) is None
 
 
+def test_control_characters_of_class_names_are_shown_as_escapes():
+    difference = checkpoint.class_mismatch(["cat\x1b[2J\n"], ["dog\u202e"])
+    assert difference == r"whose class 0 is 'cat\x1b[2J\n' there and 'dog\u202e' here"
+
+
 def test_an_optimizer_of_another_kind_is_named():
     state = state_of()
     content = state.to_dict(None)

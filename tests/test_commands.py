@@ -8,7 +8,9 @@ import sys
 import pytest
 
 import semi_main
+from options import recorded
 from tests.trees import ROOT, SMALL, parse, python_calls
+from training import checkpoint
 
 SHORT = [*SMALL, "--batch-size", "8", "--mu", "0.25", "--semi-start-epoch", "1", "--steps-per-epoch", "2",
          "--evaluate-freq", "1"]  # fmt: skip
@@ -66,8 +68,8 @@ def test_the_ddp_example_ends_resumes_is_evaluated_and_forks(data, tmp_path):
     words = [*SHORT, "--epochs", "2"]
     run("run_ddp_example.sh", *words, NGPU=2, OUTPUT=base, **data)
     assert epochs(base) == [0, 1] and (base / "checkpoint.pth").is_file()
-    args = vars(flags("run_ddp_example.sh", tmp_path, *words, processes=2, NGPU=2, OUTPUT=base, **data))
-    assert json.loads((base / "run.json").read_text())["args"] == args
+    args = recorded(flags("run_ddp_example.sh", tmp_path, *words, processes=2, NGPU=2, OUTPUT=base, **data))
+    assert json.loads((base / "run.json").read_text())["args"] == vars(args)
 
     last = json.loads((base / "log.txt").read_text().splitlines()[-1])
     settings = {"CHECKPOINT": base / "checkpoint.pth", "DATA_ROOT": data["DATA_ROOT"], "OUTPUT": tmp_path}
@@ -75,8 +77,11 @@ def test_the_ddp_example_ends_resumes_is_evaluated_and_forks(data, tmp_path):
     assert f"ours {last['test_acc1']:.2f} (published 75.5)  21 images, 3 classes" in evaluated
 
     # Torchrun need not be started again: from here on the scripts' flags are run in this process.
-    semi_main.main(flags("run_ddp_example.sh", tmp_path, *SHORT, "--epochs", "3", OUTPUT=base, **data))
+    args = flags("run_ddp_example.sh", tmp_path, *SHORT, "--epochs", "3", OUTPUT=base, **data)
+    semi_main.main(args)
     assert epochs(base) == [0, 1, 2]
+    assert json.loads((base / "run.json").read_text())["args"] == vars(recorded(args))
+    assert checkpoint.read(base / "checkpoint.pth")["args"] == recorded(args)
     words = [*SHORT, "--threshold", "0.1"]
     for count in ("2", "3"):
         settings = {"FORK": base / "epoch_0_checkpoint.pth", "OUTPUT": fork, **data}

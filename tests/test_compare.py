@@ -62,13 +62,13 @@ def six(tmp_path):
 
 
 SIX = """\
-| mu  |   n |   seeds | epochs run |      top-1 % |        CNN % | transformer % |        EMA % \
+| run          | mu  |   n |   seeds | epochs run |      top-1 % |        CNN % | transformer % |        EMA % \
 |   pseudo-label acc. % |   mask rate % |
-| --- | --: | ------: | ---------: | -----------: | -----------: | ------------: | -----------: \
+| ------------ | --- | --: | ------: | ---------: | -----------: | -----------: | ------------: | -----------: \
 | --------------------: | ------------: |
-| 0.2 |   3 | 0, 1, 2 |          2 | 72.00 ± 2.65 | 60.00 ± 0.00 | 20.00 ± 10.00 | 51.00 ± 1.00 \
+| mu0.2_{seed} | 0.2 |   3 | 0, 1, 2 |          2 | 72.00 ± 2.65 | 60.00 ± 0.00 | 20.00 ± 10.00 | 51.00 ± 1.00 \
 |         80.00 ± 10.00 | 40.00 ± 17.32 |
-| 0.5 |   3 | 0, 1, 2 |          2 | 82.00 ± 2.00 | 81.00 ± 0.00 |  62.00 ± 2.00 | 79.00 ± 0.00 \
+| mu0.5_{seed} | 0.5 |   3 | 0, 1, 2 |          2 | 82.00 ± 2.00 | 81.00 ± 0.00 |  62.00 ± 2.00 | 79.00 ± 0.00 \
 | 85.00 ± 7.07 (2 of 3) |  60.00 ± 0.00 |
 """
 
@@ -82,23 +82,34 @@ def test_two_settings_of_three_seeds(six, capsys):
 def test_one_metric_with_or_without_its_prefix(six):
     for metric in ("acc1", "test_acc1"):
         header, *rows = cells(table(*six, metrics=[metric]))
-        assert header == ["mu", "n", "seeds", "epochs run", "top-1 %"]
+        assert header == ["run", "mu", "n", "seeds", "epochs run", "top-1 %"]
         assert [row[-1] for row in rows] == ["72.00 ± 2.65", "82.00 ± 2.00"]
     assert cells(table(*six, metrics=["train_mask_rate", "epoch"]))[1][-2:] == ["40.00 ± 17.32", "1 ± 0"]
 
 
 def test_single_stream_and_one_run_have_dashes(tmp_path):
     folder = make_run(tmp_path / "deit", [record(0, 50.0), record(1, 61.25, ema=60)])
-    assert cells(table(folder))[1] == ["1", "0", "2", "61.25 ± -", "-", "-", "60.00 ± -", "-", "-"]
+    assert cells(table(folder))[1] == ["deit", "1", "0", "2", "61.25", "-", "-", "60.00", "-", "-"]
+
+
+def test_a_row_has_the_names_of_its_runs(tmp_path):
+    runs = {name: make_run(tmp_path / name, [record(0, 1)], epochs=1, lr=lr, seed=seed)
+            for name, lr, seed in (("seed0/semi", 1, 0), ("seed1/semi", 1, 1), ("seed0/other", 2, 0),
+                                   ("a", 3, 0), ("b", 3, 1), ("alone0", 4, 0))}  # fmt: skip
+    below = str(tmp_path.name)
+    names = [row[0] for row in cells(table(*runs.values()))[1:]]
+    assert names == ["seed{seed}/semi", "seed0/other", f"{below}/a, {below}/b", f"{below}/alone0"]
+    assert [row[0] for row in cells(table(runs["a"], runs["b"]))[1:]] == ["a, b"]
+    assert [row[0] for row in cells(table(runs["alone0"]))[1:]] == ["alone0"]
 
 
 def test_an_unfinished_run_is_marked_and_averaged_with_none_that_went_further(tmp_path):
     whole = [make_run(tmp_path / str(i), [record(0, 10), record(1, 20 + i)], seed=i) for i in range(2)]
     cut = make_run(tmp_path / "cut", [record(0, 12)], seed=2)
     rows = cells(table(*whole, cut))[1:]
-    assert [row[:4] for row in rows] == [
-        ["1", "2", "1 of 2, unfinished", "12.00 ± -"],
-        ["2", "0, 1", "2", "20.50 ± 0.71"],
+    assert [row[:5] for row in rows] == [
+        ["cut", "1", "2", "1 of 2, unfinished", "12.00"],
+        ["{seed}", "2", "0, 1", "2", "20.50 ± 0.71"],
     ]
 
 
@@ -107,8 +118,8 @@ def test_flags_differ_by_what_came_out_and_sort_as_numbers(tmp_path):
     runs = [make_run(tmp_path / name, [record(1, 1)], clip=value) for name, value in values.items()]
     runs.append(make_run(tmp_path / "e", [record(1, 1)], amp="bf16"))
     header, *rows = cells(table(*runs))
-    assert header[:2] == ["amp", "clip"]
-    assert [row[:2] for row in rows] == [
+    assert header[1:3] == ["amp", "clip"]
+    assert [row[1:3] for row in rows] == [
         ["bf16", "-"], ["off", "None"], ["off", "9"], ["off", "10"], ["off", "x\\|y"]]  # fmt: skip
 
 
@@ -131,26 +142,87 @@ def test_the_later_attempt_at_an_epoch_counts(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("run.json", None, "run.json does not exist: give the --output_dir"),
-    ("log.txt", None, "log.txt does not exist: give the --output_dir of a run that has evaluated an epoch."),
-    ("log.txt", "", "log.txt is empty: wait until"),
-    ("log.txt", '{"epoch": 0}\n{"epoch": 1, "te', "log.txt, line 2 is not JSON: correct or remove the line."),
-    ("log.txt", '{"epoch": 0}\n\n', "log.txt, line 2 is not JSON"),
-    ("log.txt", "\xff\n", "log.txt, line 1 is not JSON"),
-    ("log.txt", '{"epoch": 0}\n[1]\n', "log.txt, line 2 is not the record of an epoch"),
-    ("log.txt", '{"acc1": 0}\n', "log.txt, line 1 is not the record of an epoch"),
-    ("run.json", '{\n"args": {,\n', "run.json, line 2 is not JSON: restore the file"),
-    ("run.json", "[]", "run.json has no flags with epochs and seed: give the --output_dir"),
-    ("run.json", '{"args": {"epochs": 3}}', "run.json has no flags with epochs and seed")])  # fmt: skip
+    ("run.json", None, "it has no run.json"), ("log.txt", None, "it has no log.txt"),
+    ("log.txt", "", "its log.txt is empty"),
+    ("log.txt", '{"epoch": 0}\n{"epoch": 1, "te', "/log.txt, line 2 is not JSON: correct or remove the line."),
+    ("log.txt", '{"epoch": 0}\n\n', "/log.txt, line 2 is not JSON"),
+    ("log.txt", "\xff\n", "/log.txt, line 1 is not JSON"),
+    ("log.txt", '{"epoch": 0}\n[1]\n', "/log.txt, line 2 is not the record of an epoch"),
+    ("log.txt", '{"acc1": 0}\n', "/log.txt, line 1 is not the record of an epoch"),
+    ("run.json", '{\n"args": {,\n', "/run.json, line 2 is not JSON: restore the file"),
+    ("run.json", "[]", "/run.json has no flags with epochs and seed: give the --output_dir"),
+    ("run.json", '{"args": {"epochs": 3}}', "/run.json has no flags with epochs and seed")])  # fmt: skip
 @pytest.mark.parametrize("tool", [compare_runs, plot_log])
 def test_a_folder_that_is_no_run(tmp_path, tool, name, content, message):
     folder = make_run(tmp_path / "a", [record(0, 1)])
     (folder / name).unlink()
     if content is not None:
         (folder / name).write_bytes(content.encode("latin-1"))
-    with pytest.raises(SystemExit, match=f"^{name_of(tool)}: error: {tmp_path}/a/{message}") as stopped:
+    if content == "" or content is None:
+        message = f" is not the folder of a run that has evaluated an epoch, because {message}: give an --output_dir"
+    with pytest.raises(SystemExit, match=f"^{name_of(tool)}: error: {tmp_path}/a{message}") as stopped:
         tool.main([str(folder)])
     assert "\n" not in stopped.value.code
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("run.json", None, "run.json does not exist: give the --output_dir"),
+    ("log.txt", None, "log.txt does not exist: give the --output_dir of a run that has evaluated an epoch."),
+    ("log.txt", "", "log.txt is empty: wait until"),
+])  # fmt: skip
+def test_where_all_must_be_runs_the_first_that_is_none_is_named(tmp_path, name, content, message):
+    folder = make_run(tmp_path / "a", [record(0, 1)])
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+    with pytest.raises((ValueError, OSError), match=f"^{tmp_path}/a/{message}"):
+        compare_runs.read_runs([make_run(tmp_path / "b", [record(0, 1)]), folder])
+
+
+@pytest.mark.parametrize("tool", [compare_runs, plot_log])
+def test_what_is_no_run_is_named_and_left_out(tmp_path, tool, capsys):
+    one, two = (make_run(tmp_path / name, [record(0, 50.0)], epochs=1) for name in ("one", "two"))
+    (tmp_path / "empty").mkdir()
+    make_run(tmp_path / "waiting", [], epochs=1)
+    make_run(tmp_path / "nothing", [], epochs=1)
+    (tmp_path / "nothing/log.txt").unlink()
+    (tmp_path / "notes.txt").write_text("{}")
+    others = {"empty": "it has no run.json", "waiting": "its log.txt is empty", "nothing": "it has no log.txt",
+              "notes.txt": "it is no folder"}  # fmt: skip
+    words = [str(path) for path in (tmp_path / "empty", one, *(tmp_path / name for name in list(others)[1:]), two)]
+    picture = ["--output", str(tmp_path / "log.png")] if tool is plot_log else []
+    assert tool.main([*words, *picture]) is None
+    printed = capsys.readouterr()
+    assert printed.err.splitlines() == [f"Left out {tmp_path}/{name}, because {why}." for name, why in others.items()]
+    if tool is compare_runs:
+        assert printed.out == table(one, two) + "\n" and [row[0] for row in cells(printed.out)] == ["run", "one, two"]
+    else:
+        assert printed.out == f"Plotted 2 run(s) in {tmp_path}/log.png\n"
+    none_left = (
+        f"^{name_of(tool)}: error: None of these 3 paths, such as {tmp_path}/empty, is the folder of a run that "
+    )
+    with pytest.raises(SystemExit, match=none_left + "has .* because it has no run.json: give an --output_dir of sem"):
+        tool.main([str(tmp_path / name) for name in ("empty", "waiting", "notes.txt")])
+    with pytest.raises(SystemExit, match=f"^{name_of(tool)}: error: {tmp_path}/typo does not exist: give an --output"):
+        tool.main([str(one), str(tmp_path / "typo")])
+
+
+def test_control_characters_of_names_and_flags_are_printed_as_escapes(tmp_path, capsys):
+    folder = make_run(tmp_path / "a\x1b[2J\nb", [record(0, 1.0)], epochs=1, data_path="\x1b]0;title\x07")
+    other = make_run(tmp_path / "c\u202e", [record(0, 1.0)], epochs=1, data_path="d")
+    (tmp_path / "e\x9b").mkdir()
+    compare_runs.main([str(path) for path in (folder, other, tmp_path / "e\x9b")])
+    printed = capsys.readouterr()
+    assert [row[:2] for row in cells(printed.out)[1:]] == [
+        [r"a\x1b[2J\nb", r"\x1b]0;title\x07"], [r"c\u202e", "d"]]  # fmt: skip
+    assert len({len(line) for line in printed.out.splitlines()}) == 1
+    assert printed.err == f"Left out {tmp_path}/e\\x9b, because it has no run.json.\n"
+    named = [[text.get_text() for text in legend.get_texts()]
+             for legend in plot_log.draw(compare_runs.read_runs([folder, other])).legends]  # fmt: skip
+    assert named[1] == [r"a\x1b[2J\nb", r"c\u202e"]
+    with pytest.raises(SystemExit) as stopped:
+        compare_runs.main([str(tmp_path / "e\x9b")])
+    assert "\x9b" not in stopped.value.code
 
 
 @pytest.mark.parametrize("tool", [compare_runs, plot_log])
@@ -174,7 +246,8 @@ def test_an_error_is_a_sentence_and_a_status(tmp_path, tool):
     done = subprocess.run([sys.executable, "-m", f"script.{tool}", tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert (
-        done.stderr.startswith(f"{tool}.py: error: {tmp_path}/run.json does not exist") and done.stderr.count("\n") == 1
+        done.stderr.startswith(f"{tool}.py: error: {tmp_path} is not the folder of a run")
+        and done.stderr.count("\n") == 1
     )
 
 
@@ -282,4 +355,4 @@ def test_the_file_is_a_png_of_twice_a_readme_s_width(supervised_and_semi, tmp_pa
     (["/a/seed0/semi", "/a/seed1/semi", "/b/z"], ["seed0/semi", "seed1/semi", "b/z"]),
     (["/a", "/b/a"], ["/a", "b/a"])])  # fmt: skip
 def test_names_are_as_short_as_they_can_be(folders, names):
-    assert plot_log.short_names(folders) == names
+    assert compare_runs.short_names(folders) == names

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from options import recorded
 from study import demo
 from tests.trees import parse
 
@@ -41,14 +42,14 @@ def test_the_conclusion_is_what_the_figures_say():
 
 def test_both_trainings_take_as_many_steps_on_the_same_images():
     common = [*demo.COMMON.split(), "--epochs", str(demo.EPOCHS), "--steps-per-epoch", str(demo.STEPS)]
-    supervised, semi = (vars(parse(*common, *flags.split())) for _, flags in demo.RUNS.values())
+    supervised, semi = (vars(recorded(parse(*common, *flags.split()))) for _, flags in demo.RUNS.values())
     different = {name for name in semi if semi[name] != supervised[name]}
     assert different == {"supervise_only", "batch_size", "mu", "semi_start_epoch", "threshold", "semi_lambda"}
     assert supervised["batch_size"] == semi["batch_size"] * semi["mu"] == 8  # labelled images of a step and process
 
 
 def test_a_training_that_fails_and_an_old_folder_end_with_a_sentence(tmp_path, monkeypatch, capsys):
-    with pytest.raises(RuntimeError, match="seed 3 failed: .*unrecognized arguments: --no-such-flag.*out.txt"):
+    with pytest.raises(RuntimeError, match="seed 3 failed: .*unrecognized flag --no-such-flag.*out.txt"):
         demo.train(tmp_path / "run", "seed 3", ["--no-such-flag"])
     (tmp_path / "seed0").mkdir()
     monkeypatch.setattr(sys, "argv", ["demo.py", "--output", str(tmp_path)])

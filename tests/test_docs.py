@@ -98,7 +98,7 @@ def parser_of():
 
     def find(path):
         if path == "semi_main.py":
-            return argparse.ArgumentParser(path, parents=[semi_main.get_args_parser()])
+            return options.Parser(path, parents=[semi_main.get_args_parser()])
         if "argparse" not in imports(TREES[path]):
             return argparse.ArgumentParser(path)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Caught) as stopped:
@@ -160,7 +160,7 @@ def refused(command, parser_of, folder):
     if not (ROOT / path).is_file():
         return f"there is no {path}"
     parser = parser_of(path)
-    parser.allow_abbrev = False
+    parser.allow_abbrev = False  # of the tools that have a parser of argparse's
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()):
         patch.setattr(parser, "error", lambda message: (_ for _ in ()).throw(ValueError(message)))
         try:
@@ -231,7 +231,9 @@ for module in sys.argv[1:]:
 def test_programs_start_from_the_repository_without_pythonpath():
     """`python -m study.study` and the like find the packages beside them; one process, as importing takes seconds."""
     programs = [
-        path for path in TREES if "argparse" in imports(TREES[path]) and "__main__" in (ROOT / path).read_text()
+        path
+        for path in TREES
+        if {"argparse", "options"} & imports(TREES[path]) and "__main__" in (ROOT / path).read_text()
     ]
     modules = [path.removesuffix(".py").replace("/", ".") for path in programs]
     assert {"semi_main", "predict", "script.export", "study.study", "tests.proofs.fuzz"} <= set(modules)
@@ -317,14 +319,14 @@ def test_dead_links_are_found(text, expected):
 
 @pytest.mark.parametrize("command, reason", [
     ("python semi_main.py --lr 1e-3", None),
-    ("python semi_main.py --learning-rate 1", "semi_main.py: unrecognized arguments: --learning-rate 1"),
-    ("python semi_main.py --thresh 0.7", "semi_main.py: unrecognized arguments: --thresh 0.7"),
+    ("python semi_main.py --learning-rate 1", "semi_main.py: unrecognized flag --learning-rate"),
+    ("python semi_main.py --thresh 0.7", "semi_main.py: unrecognized flag --thresh: did you mean --threshold?"),
     ("python semi_main.py --threshold 7", "semi_main.py: --threshold 7.0 must be from 0 to 1"),
     ("torchrun --nproc_per_node 8 semi_main.py --mu x", "semi_main.py: argument --mu: invalid float value: 'x'"),
     ("srun --export=ALL python semi_main.py --opt-level O1", "semi_main.py: --opt-level had no effect in the published "
      "code and does nothing here: leave it out"),
     ("DATA_ROOT=data SPLIT=list bash script/run_ddp_example.sh --treshold 1",
-     "semi_main.py: unrecognized arguments: --treshold 1"),
+     "semi_main.py: unrecognized flag --treshold: did you mean --threshold?"),
     ("DATA_ROOT=data SPLIT=list bash script/submitit_1to7_300ep_2nodes.sh --nodes 4", None),
     ("python -m script.gone", "there is no script/gone.py"),
     ("python -m script.check_images data --workers 2", None),

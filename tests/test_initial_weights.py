@@ -3,8 +3,6 @@
 import math
 import os
 import subprocess
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,6 @@ import options
 import semi_main
 from models import build_model
 from tests.trees import make_tree
-from training import checkpoint
 from training.initial_weights import initial_weight_files, load_initial_weights
 
 TINY, PE = "Semiformer_tiny_patch16", "Semiformer_PE_small_patch16"
@@ -366,63 +363,9 @@ def test_the_average_starts_from_the_loaded_weights_and_resume_comes_last(tmp_pa
 # -------------------------------------------------------------------------------- URLs
 
 
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """(address, {path: bytes}, paths asked for): serves the bytes; those under /cut/ break off half-way."""
-    content, asked = {}, []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            body = content.get(self.path)
-            if body is None:
-                return self.send_error(404)
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body[: len(body) // 2] if self.path.startswith("/cut/") else body)
-
-        def log_message(self, *_):
-            pass
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{http.server_port}", content, asked
-        http.shutdown()
-
-
 def saved(weights, folder):
     torch.save(weights, folder / "served.pth")
     return (folder / "served.pth").read_bytes()
-
-
-def test_fetch_downloads_once_and_keeps_equal_names_apart(tmp_path, server):
-    address, content, asked = server
-    content |= {"/a/checkpoint.pth": b"one", "/b/checkpoint.pth": b"two"}
-    one, two = (checkpoint.fetch(f"{address}/{name}/checkpoint.pth") for name in "ab")
-    assert checkpoint.fetch(f"{address}/a/checkpoint.pth") == one and asked == list(content)
-    assert Path(one).read_bytes() == b"one" and Path(two).read_bytes() == b"two"
-    folder = Path(torch.hub.get_dir(), "checkpoints")
-    assert sorted(folder.iterdir()) == sorted([Path(one), Path(two)])
-    assert one.endswith("-checkpoint.pth")
-    assert checkpoint.fetch(tmp_path / "x.pth") == tmp_path / "x.pth" and checkpoint.fetch("x.pth") == "x.pth"
-
-
-def test_failed_downloads_are_one_sentence_and_leave_nothing(tmp_path, server):
-    address, content, _ = server
-    content["/cut/a.pth"] = b"12345678"
-    for url, reason in (
-        (f"{address}/none.pth", "HTTP Error 404: Not Found"),
-        (f"{address}/cut/a.pth", "4 of 8 bytes came"),
-        ("http://127.0.0.1:9/a.pth", ".*refused.*"),
-    ):
-        with pytest.raises(
-            OSError, match=rf"^Cannot download {url} \({reason}\): download it by hand and pass its path"
-        ):
-            checkpoint.fetch(url)
-    assert os.listdir(Path(torch.hub.get_dir(), "checkpoints")) == []
 
 
 def test_finetune_and_resume_take_a_url(tmp_path, server, tiny):

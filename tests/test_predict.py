@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 
 import pytest
 import torch
@@ -143,12 +144,90 @@ def test_the_view_and_its_description_are_evaluations(tree, tmp_path, data_set):
     (["--classes", "nowhere.txt"], r"Cannot read --classes nowhere.txt \(No such file or directory\)"),
     (["--classes", __file__], "names do not fit the 3 classes of .*checkpoint.pth: give one name a class"),
     (["--top", "0"], "--top 0 must be at least 1"), (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
+    (["--device", "tpu"], "--device tpu must be cpu, cuda or cuda:N, the N-th GPU counted from 0"),
     (["--output", "nowhere/p.csv"], "Cannot write nowhere/p.csv .* or choose another --output"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence(tree, file, words, message):
     with pytest.raises((ValueError, OSError), match=message) as caught:
         predict.main([str(tree / "val/class0/c0_0.png"), "--checkpoint", str(file), *words])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("which", ["an image", "an image below a folder", "a link", "the checkpoint", "the names"])
+def test_output_over_an_input_is_refused_before_anything_is_read(tmp_path, monkeypatch, which):
+    image, link = draw(tmp_path / "in/a.png"), tmp_path / "link.png"
+    link.symlink_to("in/a.png")
+    weights, names = tmp_path / "a.pth", tmp_path / "names.txt"
+    for file in (weights, names):
+        file.write_text("not read")
+    output = {"an image": image, "an image below a folder": f"{tmp_path}/in/../in/a.png", "a link": link,
+              "the checkpoint": weights, "the names": names}[which]  # fmt: skip
+    inputs = [tmp_path / "in"] if which == "an image below a folder" else [tmp_path / "none.png", image]
+    before = {path: path.read_bytes() for path in (image, weights, names)}
+    monkeypatch.setattr(pretrained, "from_flags", None)
+    words = [*map(str, inputs), "--checkpoint", str(weights), "--classes", str(names), "--output", str(output)]
+    with pytest.raises(ValueError, match=f"^--output {output} would replace the input .*: choose another file.$"):
+        predict.main(words)
+    assert {path: path.read_bytes() for path in before} == before and link.is_symlink()
+
+
+def test_an_output_of_an_earlier_run_is_replaced(tree, file, tmp_path):
+    output = tmp_path / "p.csv"
+    output.write_text("old")
+    assert predict.main([str(tree / "val/class0"), "--checkpoint", str(file), "--output", str(output)]) == 0
+    assert len(rows(output.read_text())) == 15
+
+
+class Broken(torch.nn.Module):
+    """Two classes; the sums of the streams' logits overflow where the image is bright."""
+
+    def forward(self, images):
+        bright = images.mean((1, 2, 3)) > 0
+        return [torch.where(bright, torch.inf, 1.0)[:, None] * torch.tensor([1.0, 2.0])] * 2
+
+
+@pytest.mark.parametrize("style", ["csv", "json"])
+def test_an_image_without_finite_probabilities_is_named_and_left_out(file, tmp_path, capsys, monkeypatch, style):
+    for name, level in (("a.png", 0), ("b.png", 255), ("c.png", 0)):
+        draw(tmp_path / name, (level,) * 3)
+    loaded = pretrained.load(file)
+    broken = pretrained.Pretrained(Broken(), "", 2, 48, ["dark", "darker"], "", {})
+    monkeypatch.setattr(pretrained, "load", lambda *_: broken)
+    monkeypatch.setattr(pretrained.Pretrained, "view", loaded.view)
+    assert predict.main([str(tmp_path), "--checkpoint", "x", "--batch-size", "2", "--format", style]) == 1
+    printed = capsys.readouterr()
+    assert printed.err == (
+        f"predict.py: The network's probabilities for {tmp_path}/b.png are not finite: check its weights.\n"
+    )
+    if style == "json":
+        found = {row["path"]: row["top"][0]["probability"] for row in json.loads(printed.out)}
+    else:
+        found = {row["path"]: float(row["probability"]) for row in rows(printed.out) if row["rank"] == "1"}
+    certain = 1 / (1 + math.exp(-2))  # logits of 2 and 4
+    assert found == {f"{tmp_path}/{name}": pytest.approx(certain, abs=1e-6) for name in ("a.png", "c.png")}
+
+
+def test_json_has_no_nan():
+    with pytest.raises(ValueError, match="JSON"):
+        predict.as_text([("a.png", [("cat", math.nan)])], "json")
+
+
+@pytest.mark.parametrize("style", ["csv", "json"])
+def test_names_are_escaped_on_a_terminal_and_kept_elsewhere(tree, file, tmp_path, capsys, monkeypatch, style):
+    names = ["a\x9b2J", "b\x1b[1m", "c\u202e"]
+    (tmp_path / "names.txt").write_text("\n".join(names), encoding="utf-8")
+    words = [str(tree / "val/class0/c0_0.png"), "--checkpoint", str(file), "--classes", str(tmp_path / "names.txt")]
+    words += ["--format", style]
+    predict.main(words)
+    raw = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    predict.main(words)
+    shown = capsys.readouterr().out
+    assert "\x9b" in raw and shown == raw.replace("\x9b", r"\x9b").replace("\x1b", r"\x1b").replace("\u202e", r"\u202e")
+    predict.main([*words, "--output", str(tmp_path / "p")])
+    assert (tmp_path / "p").read_text(encoding="utf-8") == raw
+    assert predict.main([str(tmp_path / "x\x1b.png"), *words]) == 1
+    assert rf"predict.py: Cannot read the image {tmp_path}/x\x1b.png: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change, words, message", [

@@ -28,6 +28,29 @@ from utils import (
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
 
+# -------------------------------------------------------------------------------- what is printed
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("Äpfel, 猫 and ±", "Äpfel, 猫 and ±"), ("two\nlines\tof text", "two\nlines\tof text"),
+    ("\x1b[31mred\x1b[0m", r"\x1b[31mred\x1b[0m"), ("a\rb\x07\x7f", r"a\rb\x07\x7f"), ("\x9b2J", r"\x9b2J"),
+    ("gpj.\u202eexe", r"gpj.\u202eexe"), ("not UTF-8 \udcff", r"not UTF-8 \udcff"), (3, "3"),
+])  # fmt: skip
+def test_what_could_steer_a_terminal_is_printed_as_an_escape(text, shown, capsys):
+    assert utils.printable(text) == shown
+    utils.print_main(text, "end")
+    utils.print_rank(text)
+    assert capsys.readouterr().out == f"{shown} end\n[rank 0] {shown}\n"
+    with pytest.raises(ValueError) as caught:
+        utils.check_device_name(f"no {text}")
+    utils.excepthook("semi_main.py", ValueError, caught.value, caught.tb)
+    assert capsys.readouterr().err.startswith(f"semi_main.py: error: --device no {shown} must be cpu")
+
+
+def test_lines_of_a_name_are_escaped_where_asked():
+    assert utils.printable("a\tb\n\x1b", kept="") == r"a\tb\n\x1b"
+
+
 # -------------------------------------------------------------------------------- seeds
 
 
@@ -251,8 +274,28 @@ def test_more_processes_than_were_started_are_refused(alone):
 def test_cuda_without_a_gpu_is_refused(alone):
     alone.setattr(torch.cuda, "is_available", lambda: False)
     for device in ("cuda", "cuda:0"):
-        with pytest.raises(ValueError, match="--device cuda, but PyTorch sees no CUDA GPU"):
+        with pytest.raises(ValueError, match=f"--device {device}, but PyTorch sees no CUDA GPU"):
             init_distributed(device)
+
+
+def test_a_device_that_the_machine_does_not_have_is_refused(alone):
+    alone.setattr(torch.cuda, "is_available", lambda: True)
+    alone.setattr(torch.cuda, "device_count", lambda: 2)
+    chosen = []
+    alone.setattr(torch.cuda, "set_device", chosen.append)
+    assert [init_distributed(device).index for device in ("cuda", "cuda:0", "cuda:1")] == [None, 0, 1]
+    with pytest.raises(ValueError, match="^--device tpu must be cpu, cuda or cuda:N, the N-th GPU counted from 0$"):
+        init_distributed("tpu")
+    message = (
+        r"^--device cuda:{}, but the last of the 2 GPU\(s\) that PyTorch sees here is cuda:1; each process needs one"
+    )
+    with pytest.raises(ValueError, match=message.format(9)):
+        init_distributed("cuda:9")
+    for name, value in {"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "2"}.items():
+        alone.setenv(name, value)
+    with pytest.raises(ValueError, match=message.format(2)):
+        init_distributed("cuda")
+    assert chosen == []
 
 
 GROUP = """

@@ -1,31 +1,29 @@
 """The training state: what a checkpoint holds, how it is saved and how it is loaded."""
 
 import argparse
-import hashlib
 import json
 import os
 import pathlib
 import pickle
 import re
-import shutil
 import struct
-import urllib.request
 import zipfile
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from http.client import HTTPException
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 
 from training import optimization, validation
+from training.downloads import fetch
 from utils import atomic, print_main, write_atomic, writing
 
 # Classes that a published file may hold beside tensors and plain containers. None of these runs code when unpickled.
 SAFE_CLASSES = [argparse.Namespace, pathlib.Path, pathlib.PosixPath, pathlib.PurePosixPath]
+
+LEGACY = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)  # how files of PyTorch before 1.6 begin
 
 STATE_KEYS = ("optimizer", "lr_scheduler", "epoch")  # a complete training state has these beside its weights
 
@@ -172,36 +170,6 @@ def _keep(path, previous):
         os.remove(temporary)  # renaming one hard link onto another of the same file leaves both
 
 
-def fetch(path_or_url):
-    """The local path of a checkpoint. An http(s) URL is downloaded, once, into torch.hub's folder of checkpoints.
-
-    Several processes may do so at the same time, because each renames a complete file of its own into place.
-    Raises OSError naming the URL where the download fails or is incomplete.
-    """
-    url = str(path_or_url)
-    if not url.startswith(("http://", "https://")):
-        return path_or_url
-    # With a hash of the URL, because most files are called checkpoint.pth.
-    name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{os.path.basename(urlsplit(url).path)}"
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
-    if os.path.isfile(path):
-        print_main(f"{url} is already in {path}.")
-        return path
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    print_main(f"Downloading {url} to {path}.")
-    try:
-        # Not torch.hub.download_url_to_file, which takes a connection that breaks off for the end of the file.
-        request = urllib.request.Request(url, headers={"User-Agent": "torch.hub"})
-        with urllib.request.urlopen(request, timeout=60) as answer, atomic(path) as file:
-            shutil.copyfileobj(answer, file)
-            length = int(answer.headers.get("Content-Length", file.tell()))
-            if file.tell() != length:
-                raise ConnectionError(f"{file.tell()} of {length} bytes came")
-    except (OSError, ValueError, HTTPException) as error:
-        raise OSError(f"Cannot download {url} ({error}): download it by hand and pass its path.") from error
-    return path
-
-
 def _check_sums(path):
     """Verify the checksums of a zip file, which torch.load ignores: a flipped bit would become a wrong weight.
 
@@ -217,6 +185,32 @@ def _check_sums(path):
             raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
 
 
+def check_complete(path, name):
+    """Raise ValueError or OSError, with the reason, where a downloaded file is cut off, damaged, or no checkpoint.
+
+    Zip files have checksums and an end, and safetensors files tell their length. A file of PyTorch before 1.6 has
+    neither, and is loaded. `name` is the one that the file will have.
+    """
+    if name.endswith(".safetensors"):
+        package = _safetensors()
+        try:
+            with package.safe_open(path, framework="pt"):
+                return
+        except package.SafetensorError as error:
+            raise ValueError(f"it is damaged or no safetensors file: {error}") from error
+    with open(path, "rb") as file:
+        start = file.read(len(LEGACY))
+    if start == LEGACY:
+        read(path)
+    elif not zipfile.is_zipfile(path):
+        raise ValueError("its end is missing" if start.startswith(b"PK") else "it is no PyTorch file")
+    else:
+        try:
+            _check_sums(path)
+        except DAMAGE as error:
+            raise ValueError(f"it is damaged: {error}") from error
+
+
 # The errors that the readers of zip files, pickles and tensors raise on damaged bytes.
 DAMAGE = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError, ArithmeticError,
           MemoryError, struct.error, zlib.error, zipfile.BadZipFile)  # fmt: skip
@@ -228,7 +222,7 @@ def read(path):
     A name that ends in .safetensors means a file of `save_safetensors`. Raises OSError or ValueError naming the file
     where it is missing, unreadable or damaged, or holds other classes than SAFE_CLASSES.
     """
-    path = fetch(path)
+    path = fetch(path, check_complete)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no checkpoint {path}.")
     if str(path).endswith(".safetensors"):

@@ -37,6 +37,7 @@ from tests.equality import same
 from tests.proofs import slow_readers
 from training import checkpoint, optimization
 from training.checkpoint import TrainState
+from utils import printable
 
 # ------------------------------------------------------------------------------- the valid files
 
@@ -330,6 +331,7 @@ FLAGS = {  # flag: (valid values, invalid values); () stands for a flag without 
     "--sched": (("cosine", "plateau"), ("linear",)),
     "--data-set": (("IMNET", "SEMI-IMNET"), ("MNIST",)),
     "--data-backend": (("pil", "fast"), ("turbo",)),
+    "--model": (("Semiformer_small_patch16", "resnet18"), ()),
     "--pseudo-type": (("cnn", "fuse"), ("CNN",)),
     "--amp": (("auto", "off"), ("on",)),
     "--no-amp": ((),) * 2,
@@ -362,6 +364,8 @@ def incompatible(chosen):
     semi = chosen.get("--data-set", "IMNET") == "SEMI-IMNET" and "--supervise-only" not in chosen
     labelled = int(batch * mu) if semi else batch
     if not 0 <= mu <= 1:
+        return True
+    if chosen.get("--pseudo-type") == "fuse" and chosen.get("--model") != "Semiformer_small_patch16":
         return True
     mixing = float(chosen.get("--mixup", 0.8)) > 0 or float(chosen.get("--cutmix", 1)) > 0
     return labelled == 0 or labelled == batch and semi or mixing and labelled % 2 == 1
@@ -422,18 +426,19 @@ def flags_case(words, chosen=None, wrong=()):
     if error is None:
         if chosen is None:
             return "accepted", ""
-        expected = vars(options.get_args_parser().parse_args([])) | {
+        expected = vars(options.recorded(options.get_args_parser().parse_args([]))) | {
             flag.strip("-").replace("-", "_"): text for flag, text in chosen.items()
         }
-        faults = [f"{name} is wrong" for name, value in vars(args).items() if not _has_value(value, expected[name])]
+        got = vars(options.recorded(args))
+        faults = [f"{name} is wrong" for name, value in got.items() if not _has_value(value, expected[name])]
         faults += ["it must be refused"] if wrong or incompatible(chosen) else []
         return ("failed", f"accepted, but {', '.join(faults)}") if faults else ("accepted", "")
     if isinstance(error, SystemExit):
-        text = printed.getvalue().partition(": error: ")[2].removesuffix("\n") if error.code == 2 else ""
+        text = printed.getvalue().partition(": error: ")[2].partition("\nsee ")[0] if error.code == 2 else ""
     else:
         text = str(error)
     known = [flag for action in options.get_args_parser()._actions for flag in action.option_strings]
-    named = any(word in text for word in wrong or [*words, *known])  # argparse completes an abbreviated flag
+    named = any(printable(word) in text for word in wrong or [*words, *known])  # it may be spelled otherwise
     if not isinstance(error, SystemExit | ValueError) or "\n" in text or not named:
         return "failed", f"{_shown(error)} {printed.getvalue()[-300:]}"
     if chosen is not None and not wrong and not incompatible(chosen):
