@@ -43,10 +43,12 @@ class Recipe:
     def from_args(cls, args: Namespace) -> "Recipe":
         """Take every setting from the flag of the same name, and `policy` from `args.pseudo_type`.
 
-        Raises AttributeError if `args` lacks one. The flags' names are those of the released code.
+        The flags' names are those of the released code, which lacks the last two: they may be missing. Raises
+        AttributeError if `args` lacks another.
         """
-        flag = {"policy": "pseudo_type"}
-        return cls(**{field.name: getattr(args, flag.get(field.name, field.name)) for field in fields(cls)})
+        flag, later = {"policy": "pseudo_type"}, ("pseudo_mixup", "fairness_lambda")
+        names = [field.name for field in fields(cls) if field.name not in later or hasattr(args, field.name)]
+        return cls(**{name: getattr(args, flag.get(name, name)) for name in names})
 
     def is_semi(self, epoch: int) -> bool:
         """Whether this epoch, counted from 0, uses unlabelled images (paper: after a supervised phase)."""

@@ -269,6 +269,9 @@ class Run:
                 + (f", {args.accum_iter} an update" if args.accum_iter > 1 else "")
             )
         shown = sorted({0, 1, 2, args.warmup_epochs + 1, args.epochs // 2, args.epochs - 1} & set(range(args.epochs)))
+        if args.confidence == "flex" and self.unlabelled is not None:
+            size = len(self.state.labeller.rules) * 4 * len(self.unlabelled) / 2**20
+            print_main(f"--confidence flex keeps the last sure class of every unlabelled image: {size:,.1f} MB")
         print_main("learning rate: " + ", ".join(f"{rates[e]:.3g} in epoch {e}" for e in shown))
         if not args.output_dir:
             print_main("No --output_dir: nothing of this run is saved.")
@@ -331,7 +334,17 @@ class Run:
         self.state.epoch = epoch
         # Every rank gets rank 0's running statistics, so that the logged figures are those of the checkpoint.
         utils.broadcast_buffers(self.state.model, *([self.state.ema.module] if self.state.ema is not None else []))
-        self.state.pending = meters | {"bad_images": unreadable}
+        self.state.pending = meters | (self._concentration() if semi else {}) | {"bad_images": unreadable}
+
+    def _concentration(self):
+        """The labeller's figures of the epoch's classes; prints a warning where they have collapsed into one."""
+        figures, counts = self.state.labeller.concentration(), self.labelled_counts
+        if (figures.get("pseudo_largest") or 0) > 0.5 and len(counts) > 2 and counts.max() <= 2 * counts.min():
+            print_main(
+                f"Warning: {figures['pseudo_largest']:.0%} of the pseudo labels that count are of one class, although "
+                "the labelled set is balanced: they may be collapsing. Raise --threshold, or see --align."
+            )
+        return figures
 
     def is_measured(self, epoch):
         """Whether the epoch ends with an evaluation and a line in log.txt."""

@@ -353,6 +353,37 @@ def pseudo_labels(args):
     return targets.tolist(), weights.tolist()
 
 
+def labeller(figure):
+    """A figure of what makes the pseudo labels."""
+    return lambda args: figure(started(args).state.labeller)
+
+
+def teacher_is_the_average(args):
+    """Whether the average of the weights labels the weak views."""
+    run, seen = started(args), []
+    with redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            semi_main, "train_one_epoch", lambda state, student, teacher, *_, **__: seen.append(teacher) or {}
+        )
+        patch.setattr(run, "_concentration", dict)
+        run.train_epoch(0)
+    return seen[0] is run.state.ema.module
+
+
+def fairness_of(args):
+    """What a fairness loss of 2 adds to the objective."""
+    logits, recipe = [torch.zeros(2, 2)], started(args).recipe
+    given = [logits, torch.tensor([0, 1]), logits, torch.tensor([0, 1]), torch.ones(2), recipe, None]
+    return round((objective(*given, torch.tensor(2.0))[0] - objective(*given)[0]).item(), 6)
+
+
+def labelled_view(args):
+    """Which of the unlabelled images' views the labelled images have."""
+    run = started(args)
+    kinds = dict(zip(map(repr, run.unlabelled.transforms), ("strong", "weak")))
+    return kinds[repr(run.labelled.transforms[0])]
+
+
 def augmented_image(args):
     """The first image of the tree as the network gets it in epoch 0."""
     run = started(args)
@@ -667,6 +698,19 @@ FLAGS = {
         (([1, 1], [1.0, 1.0]), ([1, 1], [0.0, 1.0])),
         "--pseudo-type transformer",
     ),
+    "--teacher": Row("step", "student", "ema", teacher_is_the_average, (False, True), TINY),
+    "--confidence": Row("pseudo label", "fixed", "free", labeller(lambda x: x.rule), ("fixed", "free"), TINY),
+    "--align": Row("pseudo label", "none", "shares", labeller(lambda x: len(x.alignments)), (0, 1), TINY),
+    "--confidence-momentum": Row(
+        "pseudo label",
+        "0.999",
+        "0.9",
+        labeller(lambda x: x.rules[0].momentum),
+        (0.999, 0.9),
+        TINY + " --confidence soft",
+    ),
+    "--fairness-lambda": Row("loss part", "0", "0.01", fairness_of, (0, 0.02), TINY + " --confidence free"),
+    "--pseudo-mixup": Row("mixing", None, "", lambda args: started(args).recipe.pseudo_mixup, (False, True), TINY),
     "--semi-lambda": Row("loss part", "10", "4", objective_of, (33, 15), "--smoothing 0"),
     "--unlabel-smooth": Row("loss part", None, "", objective_of, (32.6517, 29.1688), "--smoothing 0.4"),
     "--mask-cnn-ratio": Row("loss part", "1", "5", objective_of, (33, 37), "--smoothing 0"),
@@ -704,6 +748,7 @@ FLAGS = {
     ),
     "--repeated-aug": Row("order", None, "", triples, (False, True), TINY + " --no-repeated-aug"),
     "--no-repeated-aug": Row("order", None, "", triples, (True, False), TINY),
+    "--labelled-view": Row("transform", "strong", "weak", labelled_view, ("strong", "weak"), TINY),
     "--hflip": Row("transform", "0.5", "0", transform("RandomHorizontalFlip", lambda t: t.p), (0.5, None)),
     "--scale": Row(
         "transform",

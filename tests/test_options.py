@@ -25,15 +25,22 @@ NO_EFFECT = ("--opt-level", "--cross-attn", "--cnn2trans", "--trans2cnn", "--res
 KEPT = [row for row in PUBLISHED if row["flags"][0] not in NO_EFFECT]
 NEW = {
     "--accum-iter",
+    "--align",
     "--amp",
     "--compile",
+    "--confidence",
+    "--confidence-momentum",
     "--data-backend",
+    "--fairness-lambda",
     "--grad-checkpointing",
     "--hflip",
+    "--labelled-view",
     "--max-bad-images",
     "--overwrite",
+    "--pseudo-mixup",
     "--scale",
     "--steps-per-epoch",
+    "--teacher",
     "--tensorboard",
     "--unlabelled-path",
 }
@@ -94,6 +101,8 @@ def test_defaults_of_a_namespace_are_the_published_ones():
     expected |= {"amp": None, "max_bad_images": 0.001, "steps_per_epoch": 0, "unlabelled_path": ""}
     expected |= {"accum_iter": 1, "compile": False, "data_backend": "pil", "grad_checkpointing": False}
     expected |= {"tensorboard": False, "overwrite": False, "hflip": 0.5, "scale": [0.08, 1.0]}
+    expected |= {"teacher": "student", "confidence": "fixed", "align": "none", "confidence_momentum": 0.999}
+    expected |= {"fairness_lambda": 0.0, "pseudo_mixup": False, "labelled_view": None}
     expected |= {"device": "cuda" if torch.cuda.is_available() else "cpu"}
     assert vars(recorded(parse())) == expected
 

@@ -103,7 +103,8 @@ class TrainState:
         if learned:
             parts[f"{path} (labeller)"] = (self.labeller, learned)
         for name, (model, tensors) in parts.items():
-            check_fit(model, tensors, name, same_types=True)
+            # The state of the labels begins in float64 and becomes what the probabilities are.
+            check_fit(model, tensors, name, same_types=model is not self.labeller)
         lacking = [key for key in STATE_KEYS if key not in content]
         if not lacking:
             # First, because it lets the optimizer take a step, which changes the weights.
