@@ -332,9 +332,10 @@ class Run:
         if unreadable:
             print_main(f"Unreadable images in this epoch: {unreadable}.")
         self.state.epoch = epoch
+        meters |= self._concentration() if semi else {}
         # Every rank gets rank 0's running statistics, so that the logged figures are those of the checkpoint.
         utils.broadcast_buffers(self.state.model, *([self.state.ema.module] if self.state.ema is not None else []))
-        self.state.pending = meters | (self._concentration() if semi else {}) | {"bad_images": unreadable}
+        self.state.pending = meters | {"bad_images": unreadable}
 
     def _concentration(self):
         """The labeller's figures of the epoch's classes; prints a warning where they have collapsed into one."""
@@ -344,6 +345,8 @@ class Run:
                 f"Warning: {figures['pseudo_largest']:.0%} of the pseudo labels that count are of one class, although "
                 "the labelled set is balanced: they may be collapsing. Raise --threshold, or see --align."
             )
+        if self.tensorboard:
+            self.tensorboard.add("train", self.first_step(self.state.epoch + 1) - 1, figures)
         return figures
 
     def is_measured(self, epoch):
