@@ -5,6 +5,8 @@ import subprocess
 import sys
 
 import pytest
+import timm
+import torch
 
 from options import check, labelled_and_unlabelled
 from tests.trees import ROOT, parse, python_calls
@@ -71,8 +73,6 @@ def test_several_machines_meet(tmp_path):
     ("flexmatch_r50", ["--model", "resnet18", "--input-size", 40, "--batch-size", 8, "--mu", 0.25]),
 ])  # fmt: skip
 def test_it_runs_shortened(name, short, small_tree, tmp_path):
-    import timm
-    import torch
 
     torch.save(
         {"model": timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32).state_dict()},
