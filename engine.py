@@ -233,6 +233,8 @@ def train_one_epoch(
     consistent = unlabelled is not None and recipe.is_consistent(epoch)
     batches = zip(labelled, unlabelled if unlabelled is not None else itertools.repeat(None))
     for step, (with_labels, without) in enumerate(log.timed(batches)):
+        if not state.scheduler.t_in_epochs:
+            state.scheduler.step_update(epoch + step // accum_iter / math.ceil(steps / accum_iter))
         parts, diagnosis = train_step(
             state,
             student,
@@ -248,7 +250,7 @@ def train_one_epoch(
             with_norm=write is not None,
         )
         watch.add(step, parts, with_labels, without)
-        lr = state.optimizer.param_groups[0]["lr"]
+        lr = max(group["lr"] for group in state.optimizer.param_groups)  # --layer-decay lowers it for early layers
         images = len(with_labels[0]) + (len(without[0]) if without else 0)
         log.add({name: (value, 1) for name, value in {"lr": lr, **parts}.items()} | diagnosis, images)
         if log.is_due(step):

@@ -475,6 +475,14 @@ def _optimizer_flags(parser):
     )
     add("--momentum", type=float, default=0.9, metavar="M", help="momentum of SGD and its kin")
     add("--weight-decay", type=float, default=0.05, help="weight decay; biases and 1-d parameters have none")
+    add(
+        "--layer-decay",
+        type=float,
+        default=1.0,
+        metavar="FACTOR",
+        help="factor of the learning rate from each layer to the one before it, above 0 and at most 1; the head, and "
+        "the norm before it, have the whole rate; 1: all layers have the same",
+    )
 
 
 def _schedule_flags(parser):
@@ -485,6 +493,12 @@ def _schedule_flags(parser):
         type=str,
         metavar="SCHEDULER",
         help="schedule, stepped once an epoch: cosine, tanh, step, poly or plateau (of top-1)",
+    )
+    add(
+        "--sched-on-updates",
+        action="store_true",
+        help="set the rate of --sched cosine before every optimizer step, by the share of the epoch that is done, "
+        "instead of once an epoch",
     )
     add("--lr", type=float, default=5e-4, metavar="LR", help="peak learning rate, absolute: not scaled by the batch")
     add("--warmup-lr", type=float, default=1e-6, metavar="LR", help="learning rate at which the warm-up starts")
@@ -769,7 +783,7 @@ _LIMITS = {
     ),
     # What torch's generators take, less what the samplers add to it for later epochs.
     "must be from -2**63 to 2**63 - 1": (lambda x: -(2**63) <= x < 2**63, ("--seed",)),
-    "must be above 0 and at most 1": (lambda x: 0 < x <= 1, ("--select-ratio",)),
+    "must be above 0 and at most 1": (lambda x: 0 < x <= 1, ("--select-ratio", "--layer-decay")),
     f"must be one of {', '.join(_SCHEDULES)}": (lambda x: x in _SCHEDULES, ("--sched",)),
     "must be batch, pair or elem": (lambda x: x in ("batch", "pair", "elem"), ("--mixup-mode",)),
     "must be one share or two": (lambda x: x is None or len(x) <= 2, ("--lr-noise",)),
@@ -798,6 +812,7 @@ def check(args):
         _check_confidence(args)
         _check_streams(args)
         _check_policy(args)
+        _check_schedule(args)
 
 
 def check_folder(flag, folder):
@@ -890,6 +905,15 @@ def _check_streams(args):
             f"--pseudo-type {args.pseudo_type} chooses between the streams of a two-stream network, and "
             f"{args.model} has one: leave it out"
         )
+
+
+def _check_schedule(args):
+    if not args.sched_on_updates:
+        return
+    if args.sched != "cosine":
+        raise ValueError(f"--sched-on-updates is for --sched cosine: leave it out with --sched {args.sched}")
+    if args.lr_noise is not None:
+        raise ValueError("--lr-noise changes the rate once an epoch: leave out either it or --sched-on-updates")
 
 
 def _check_policy(args):

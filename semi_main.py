@@ -272,7 +272,11 @@ class Run:
         if args.confidence == "flex" and self.unlabelled is not None:
             size = len(self.state.labeller.rules) * 4 * len(self.unlabelled) / 2**20
             print_main(f"--confidence flex keeps the last sure class of every unlabelled image: {size:,.1f} MB")
-        print_main("learning rate: " + ", ".join(f"{rates[e]:.3g} in epoch {e}" for e in shown))
+        when = "at the start of" if args.sched_on_updates else "in"
+        print_main("learning rate: " + ", ".join(f"{rates[e]:.3g} {when} epoch {e}" for e in shown))
+        if args.layer_decay < 1:
+            scales = sorted({group["lr_scale"] for group in self.state.optimizer.param_groups})
+            print_main(f"layer decay {args.layer_decay:g}: {len(scales)} layers, {scales[0]:.3g} to 1 of that rate")
         if not args.output_dir:
             print_main("No --output_dir: nothing of this run is saved.")
         self.output.write_run_json(

@@ -23,6 +23,7 @@ import semi_main
 import utils
 from images.decoding import UnreadableImage
 from losses import Recipe, consistency, objective
+from models import build_model
 from pseudo_labels import select_targets
 from tests.trees import make_cifar, make_fashion, make_inat, make_places, make_semi_inat, parse
 from training import checkpoint, optimization
@@ -248,6 +249,13 @@ def optimizer(figure):
 
 def decays(optimizer):
     return sorted((group["weight_decay"], len(group["params"])) for group in optimizer.param_groups)
+
+
+def layers(args):
+    """The scales of the learning rates in a network of two blocks, the highest three."""
+    model = build_model(args.model, 2, args.input_size, depth=2)
+    groups = optimization.build_optimizer(args, model).param_groups
+    return sorted({group.get("lr_scale", "none") for group in groups})[-3:]
 
 
 def rates(args):
@@ -780,7 +788,11 @@ FLAGS = {
     "--weight-decay": Row(
         "parameter group", "0.05", "0.3", optimizer(decays), ([(0.0, 2), (0.05, 1)], [(0.0, 2), (0.3, 1)])
     ),
+    "--layer-decay": Row("parameter group", "1", "0.5", layers, (["none"], [0.25, 0.5, 1]), DEIT + " --input-size 32"),
     # schedule
+    "--sched-on-updates": Row(
+        "schedule", None, "", rates, ([1, 1, 0.853553, 0.5], [1, 0.853553, 0.5, 0.146447]), NO_WARMUP
+    ),
     "--sched": Row(
         "schedule", "cosine", "step", rates, ([1, 1, 0.853553, 0.5], [1, 1, 1, 0.1]), NO_WARMUP + " --decay-epochs 2"
     ),

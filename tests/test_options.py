@@ -35,10 +35,12 @@ NEW = {
     "--grad-checkpointing",
     "--hflip",
     "--labelled-view",
+    "--layer-decay",
     "--max-bad-images",
     "--overwrite",
     "--pseudo-mixup",
     "--scale",
+    "--sched-on-updates",
     "--steps-per-epoch",
     "--teacher",
     "--tensorboard",
@@ -94,6 +96,8 @@ def test_new_flags():
     assert parse("--steps-per-epoch 7").steps_per_epoch == 7
     assert (parse().data_backend, parse("--data-backend fast").data_backend) == ("pil", "fast")
     assert list(actions()["--amp"].choices) == ["auto", "off", "fp16", "bf16"]
+    assert (parse().layer_decay, parse("--layer-decay 0.75").layer_decay) == (1, 0.75)
+    assert (parse().sched_on_updates, parse("--sched-on-updates").sched_on_updates) == (False, True)
 
 
 def test_defaults_of_a_namespace_are_the_published_ones():
@@ -103,6 +107,7 @@ def test_defaults_of_a_namespace_are_the_published_ones():
     expected |= {"tensorboard": False, "overwrite": False, "hflip": 0.5, "scale": [0.08, 1.0]}
     expected |= {"teacher": "student", "confidence": "fixed", "align": "none", "confidence_momentum": 0.999}
     expected |= {"fairness_lambda": 0.0, "pseudo_mixup": False, "labelled_view": None}
+    expected |= {"layer_decay": 1.0, "sched_on_updates": False}
     expected |= {"device": "cuda" if torch.cuda.is_available() else "cpu"}
     assert vars(recorded(parse())) == expected
 
@@ -351,6 +356,12 @@ EVEN = "mixup and cutmix mix a batch with its own reverse, so the labelled batch
         ("--eval --mu nan", "--mu nan must be"),
         ("--select-ratio 0", "--select-ratio 0.0 must be above 0 and at most 1"),
         ("--select-ratio 2", "--select-ratio 2"),
+        ("--layer-decay 0", "--layer-decay 0.0 must be above 0 and at most 1"),
+        ("--layer-decay 1.1", "--layer-decay 1.1 must be"),
+        ("--layer-decay nan", "--layer-decay nan must be"),
+        ("--sched-on-updates --sched step", "--sched-on-updates is for --sched cosine: leave it out with --sched step"),
+        ("--sched-on-updates --sched plateau", "--sched-on-updates is for --sched cosine: leave it out with --sch"),
+        ("--sched-on-updates --lr-noise 0.5", "--lr-noise changes the rate once an epoch: leave out either it or --sc"),
         ("--device tpu", "--device tpu must be cpu, cuda or cuda:N, the N-th GPU counted from 0"),
         ("--eval --device CPU", "--device CPU must be"),
         ("--device cuda:", "--device cuda: must be"),
@@ -407,6 +418,7 @@ def test_check_refuses_and_names_the_flag(line, message):
         "--threshold 0",
         "--max-bad-images 0",
         "--max-bad-images 1",
+        "--layer-decay 0.65 --sched-on-updates",
         "--threshold 1",
         "--smoothing 0",
         "--device cuda:12",

@@ -145,7 +145,7 @@ def _optimizer(value):
     for group in groups:
         if not isinstance(group.get("params"), list):
             return "['param_groups']" + _is_not(group.get("params"), "a list of parameters")
-        for rate in (group.get("lr"), group.get("initial_lr", 0.0)):
+        for rate in (group.get("lr"), group.get("initial_lr", 0.0), group.get("lr_scale", 1.0)):
             if not _number(rate) or rate < 0:
                 return "['param_groups']" + _is_not(rate, "a learning rate")
         places += group["params"]
