@@ -33,6 +33,7 @@ NEW = {
     "--layer-decay",
     "--max-bad-images",
     "--overwrite",
+    "--pretrained",
     "--scale",
     "--sched-on-updates",
     "--steps-per-epoch",
@@ -91,6 +92,7 @@ def test_new_flags():
     assert list(actions()["--amp"].choices) == ["auto", "off", "fp16", "bf16"]
     assert (parse().layer_decay, parse("--layer-decay 0.75").layer_decay) == (1, 0.75)
     assert (parse().sched_on_updates, parse("--sched-on-updates").sched_on_updates) == (False, True)
+    assert (parse().pretrained, parse("--pretrained").pretrained) == (False, True)
 
 
 def test_defaults_of_a_namespace_are_the_published_ones():
@@ -98,7 +100,7 @@ def test_defaults_of_a_namespace_are_the_published_ones():
     expected |= {"amp": None, "max_bad_images": 0.001, "steps_per_epoch": 0, "unlabelled_path": ""}
     expected |= {"accum_iter": 1, "compile": False, "data_backend": "pil", "grad_checkpointing": False}
     expected |= {"tensorboard": False, "overwrite": False, "hflip": 0.5, "scale": [0.08, 1.0]}
-    expected |= {"layer_decay": 1.0, "sched_on_updates": False}
+    expected |= {"layer_decay": 1.0, "sched_on_updates": False, "pretrained": False}
     expected |= {"device": "cuda" if torch.cuda.is_available() else "cpu"}
     assert vars(recorded(parse())) == expected
 
@@ -353,6 +355,8 @@ EVEN = "mixup and cutmix mix a batch with its own reverse, so the labelled batch
         ("--sched-on-updates --sched step", "--sched-on-updates is for --sched cosine: leave it out with --sched step"),
         ("--sched-on-updates --sched plateau", "--sched-on-updates is for --sched cosine: leave it out with --sch"),
         ("--sched-on-updates --lr-noise 0.5", "--lr-noise changes the rate once an epoch: leave out either it or --sc"),
+        ("--pretrained --model conv_micro", "--pretrained: no weights are hosted for conv_micro: leave it out, or "),
+        ("--pretrained --model resnet18.none", "Unknown --model 'resnet18.none': Invalid pretrained tag (none)"),
         ("--device tpu", "--device tpu must be cpu, cuda or cuda:N, the N-th GPU counted from 0"),
         ("--eval --device CPU", "--device CPU must be"),
         ("--device cuda:", "--device cuda: must be"),
@@ -409,7 +413,7 @@ def test_check_refuses_and_names_the_flag(line, message):
         "--threshold 0",
         "--max-bad-images 0",
         "--max-bad-images 1",
-        "--layer-decay 0.65 --sched-on-updates",
+        "--layer-decay 0.65 --sched-on-updates --pretrained",
         "--threshold 1",
         "--smoothing 0",
         "--device cuda:12",
