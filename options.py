@@ -18,7 +18,7 @@ import utils
 from datasets import DATA_SETS
 from images.transforms import train_view
 from losses import Recipe
-from models import check_name, has_two_streams
+from models import check_hosted, check_name, has_two_streams
 from pseudo_labels import POLICIES, policy_of
 from utils import NOT_GIVEN, print_main
 
@@ -565,10 +565,16 @@ def _checkpoint_flags(parser):
         help="start a new run in an --output_dir that holds another, whose files are moved into a folder below it",
     )
     add(
+        "--pretrained",
+        action="store_true",
+        help="start from the weights that timm hosts for --model, which are downloaded once; a head of another "
+        "number of classes is left out",
+    )
+    add(
         "--finetune",
         default="",
-        help="checkpoint whose weights to start from, a path or an https URL; a head of another shape is left "
-        "out, a position embedding resized; empty: none",
+        help="checkpoint or encoder without a head (DINO, MAE) whose weights to start from, a path or an https URL; a "
+        "head of another shape is left out, a position embedding resized; empty: none",
     )
     for name, what in (
         ("dino", "the transformer stream's weights from a bare ViT state dict"),
@@ -813,6 +819,8 @@ def check(args):
         _check_streams(args)
         _check_policy(args)
         _check_schedule(args)
+        if args.pretrained:
+            check_hosted(args.model)
 
 
 def check_folder(flag, folder):

@@ -25,6 +25,7 @@ from engine import evaluate, train_one_epoch
 from images.loading import evaluation_loader, read_batches, to_device, training_loader
 from losses import Recipe
 from models import build_model, enable_grad_checkpointing, fold_batchnorm, has_two_streams
+from models.pretrained import hosted_weights
 from options import get_args_parser
 from pseudo_labels import PseudoLabeller
 from samplers import training_order
@@ -204,7 +205,8 @@ class Run:
         # Where a run begins. The first of these that applies wins, and nothing after it is read:
         # 1. --resume auto: the newest complete checkpoint of --output_dir, where it holds one;
         # 2. --resume FILE or URL: that checkpoint, or only its weights if it has no more;
-        # 3. --finetune, then the --*-load flags as ordered in initial_weights.LOADERS: weights alone, at --start_epoch;
+        # 3. --pretrained, --finetune, then the --*-load flags as ordered in initial_weights.LOADERS: weights alone, at
+        #    --start_epoch;
         # 4. from scratch: weights drawn from --seed, at --start_epoch.
         args, state = self.args, self.state
         self.resumed, self.changed = output_folder.resume_file(args.resume, args.output_dir), {}
@@ -213,7 +215,9 @@ class Run:
         if self.resumed:
             self._resume(checkpoint.read(self.resumed))
         else:
-            load_initial_weights(args, state.model)
+            # Rank 0 downloads them and the others receive them, so that all have them or stop with its sentence.
+            hosted = utils.on_main(hosted_weights, args.model, args.input_size) if args.pretrained else None
+            load_initial_weights(args, state.model, hosted)
             if state.ema is not None:
                 state.ema.set(state.model)
         if args.start_epoch and state.epoch < 0:

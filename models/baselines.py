@@ -160,6 +160,7 @@ default_cfgs = generate_default_cfgs(
         **dict.fromkeys(("myresnet50", "myresnet101", "myresnet152"), RESNET_CFG),
         "conv_micro": {"first_conv": "stem.0", "classifier": "head"},
         **dict.fromkeys(("deit_med_patch16_224", "deit_micro_patch16_224"), DEIT_CFG),
+        **dict.fromkeys(("vit_base_patch16_clsgap_224", "vit_large_patch16_clsgap_224"), DEIT_CFG),
     }
 )
 
@@ -187,6 +188,16 @@ def deit_med_patch16_224():
 @registered(VisionTransformer, patch_size=16, embed_dim=192, depth=4, num_heads=3)
 def deit_micro_patch16_224():
     """Ours, for the study on two CPU cores: DeiT-tiny with four blocks."""
+
+
+@registered(VisionTransformer, patch_size=16, embed_dim=768, depth=12, num_heads=12, global_pool="avg")
+def vit_base_patch16_clsgap_224():
+    """timm's vit_base_patch16_224 with the mean of the patch tokens for the head, as MAE and Semi-ViT train it."""
+
+
+@registered(VisionTransformer, patch_size=16, embed_dim=1024, depth=24, num_heads=16, global_pool="avg")
+def vit_large_patch16_clsgap_224():
+    """timm's vit_large_patch16_224 with the mean of the patch tokens for the head."""
 
 
 @registered(ConvStream, width=172)

@@ -8,6 +8,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -217,9 +218,9 @@ def refusal(call):
 labelled_images = refusal(lambda args: len(started(args).labelled))
 
 
-def sevens(name, **settings):
+def sevens(name, num_classes=2, **settings):
     """A state dict of the network in which every number is 7."""
-    weights = timm.create_model(name, num_classes=2, **settings).state_dict()
+    weights = timm.create_model(name, num_classes=num_classes, **settings).state_dict()
     return {key: torch.full_like(value, 7) for key, value in weights.items()}
 
 
@@ -229,6 +230,12 @@ def from_file(args):
     if isinstance(words, str):
         return re.sub(r"\S+\.pth", "FILE", words)
     return sum(bool((value == 7).all()) for value in words.state.model.state_dict().values())
+
+
+def from_hub(args):
+    """The same, where timm hosts sevens of 1,000 classes."""
+    with patch("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: sevens("resnet10t", 1000)):
+        return from_file(args)
 
 
 class Toy(nn.Module):
@@ -840,6 +847,7 @@ FLAGS = {
     "--tensorboard": Row("file", None, "", lambda args: "tensorboard" in files(args), (False, True), SAVED),
     "--resume": Row("file", [""], "CHECKPOINT", lambda args: started(args).state.epoch, (-1, 0), TINY),
     "--overwrite": Row("error", None, "", in_the_way, ("OUT holds another run", "no error"), SAVED),
+    "--pretrained": Row("network", None, "", from_hub, (0, RESNET - 2), f"{TINY} {TEN}"),
     "--finetune": Row("network", [""], "RESNET", from_file, (0, RESNET), f"{TINY} {TEN}"),
     **start_rows("dino", "VIT", 39, TWO),
     **start_rows("semiformer", "SEMIFORMER", SEMIFORMER - 4, TWO),

@@ -26,6 +26,7 @@ MAY_IMPORT = {
 OPTIONAL = {
     "run_with_submitit.py": {"submitit"},
     "training/checkpoint.py": {"safetensors"},
+    "models/pretrained.py": {"safetensors"},  # of which timm's own weights are files, so that timm requires it
     "training/tensorboard_log.py": {"tensorboard"},
     "training/report.py": {"matplotlib"},
 }

@@ -94,7 +94,7 @@ def test_the_blocks_of_our_single_stream_networks_are_layers():
 @pytest.mark.parametrize(
     "name, settings",
     [
-        ("vit_base_patch16_224", dict(depth=2)),
+        ("vit_base_patch16_clsgap_224", dict(depth=2)),
         ("cait_xxs24_224", dict(depth=2)),
         ("swin_tiny_patch4_window7_224", dict(depths=(1, 1, 1, 1))),
     ],

@@ -39,6 +39,7 @@ NEW = {
     "--max-bad-images",
     "--overwrite",
     "--pseudo-mixup",
+    "--pretrained",
     "--scale",
     "--sched-on-updates",
     "--steps-per-epoch",
@@ -98,6 +99,7 @@ def test_new_flags():
     assert list(actions()["--amp"].choices) == ["auto", "off", "fp16", "bf16"]
     assert (parse().layer_decay, parse("--layer-decay 0.75").layer_decay) == (1, 0.75)
     assert (parse().sched_on_updates, parse("--sched-on-updates").sched_on_updates) == (False, True)
+    assert (parse().pretrained, parse("--pretrained").pretrained) == (False, True)
 
 
 def test_defaults_of_a_namespace_are_the_published_ones():
@@ -108,6 +110,7 @@ def test_defaults_of_a_namespace_are_the_published_ones():
     expected |= {"teacher": "student", "confidence": "fixed", "align": "none", "confidence_momentum": 0.999}
     expected |= {"fairness_lambda": 0.0, "pseudo_mixup": False, "labelled_view": None}
     expected |= {"layer_decay": 1.0, "sched_on_updates": False}
+    expected |= {"layer_decay": 1.0, "sched_on_updates": False, "pretrained": False}
     expected |= {"device": "cuda" if torch.cuda.is_available() else "cpu"}
     assert vars(recorded(parse())) == expected
 
@@ -362,6 +365,8 @@ EVEN = "mixup and cutmix mix a batch with its own reverse, so the labelled batch
         ("--sched-on-updates --sched step", "--sched-on-updates is for --sched cosine: leave it out with --sched step"),
         ("--sched-on-updates --sched plateau", "--sched-on-updates is for --sched cosine: leave it out with --sch"),
         ("--sched-on-updates --lr-noise 0.5", "--lr-noise changes the rate once an epoch: leave out either it or --sc"),
+        ("--pretrained --model conv_micro", "--pretrained: no weights are hosted for conv_micro: leave it out, or "),
+        ("--pretrained --model resnet18.none", "Unknown --model 'resnet18.none': Invalid pretrained tag (none)"),
         ("--device tpu", "--device tpu must be cpu, cuda or cuda:N, the N-th GPU counted from 0"),
         ("--eval --device CPU", "--device CPU must be"),
         ("--device cuda:", "--device cuda: must be"),
@@ -418,7 +423,7 @@ def test_check_refuses_and_names_the_flag(line, message):
         "--threshold 0",
         "--max-bad-images 0",
         "--max-bad-images 1",
-        "--layer-decay 0.65 --sched-on-updates",
+        "--layer-decay 0.65 --sched-on-updates --pretrained",
         "--threshold 1",
         "--smoothing 0",
         "--device cuda:12",

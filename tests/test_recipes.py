@@ -69,13 +69,13 @@ def test_several_machines_meet(tmp_path):
 
 
 @pytest.mark.parametrize("name, short", [
-    ("semivit_b_10pct", ["--model", "vit_tiny_patch16_224", "--input-size", 32, "--batch-size", 12]),
+    ("semivit_b_10pct", ["--model", "vit_tiny_patch16_224", "--input-size", 48, "--batch-size", 12]),
     ("flexmatch_r50", ["--model", "resnet18", "--input-size", 40, "--batch-size", 8, "--mu", 0.25]),
 ])  # fmt: skip
 def test_it_runs_shortened(name, short, small_tree, tmp_path):
 
     torch.save(
-        {"model": timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32).state_dict()},
+        {"model": timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=48).state_dict()},
         tmp_path / "x.pth",
     )
     env = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "NGPU": "1", "OUTPUT": str(tmp_path / "out")}

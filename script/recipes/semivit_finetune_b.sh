@@ -6,7 +6,7 @@
 # Other settings: those of common.sh. Ours: not run.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
-: "${SPLIT:?set SPLIT to the file that lists the labelled images}" "${START:?set START to MAE's pretrained file}"
+: "${SPLIT:?set SPLIT to the file that lists the labelled images}" "${START:?set START to the pretrained file of MAE}"
 train --data-set SEMI-IMNET --data-split-file "$SPLIT" --supervise-only \
     --model vit_base_patch16_clsgap_224 --finetune "$START" --drop-path 0.1 --batch-size 64 --epochs 100 \
     --evaluate-freq 5 --opt adamw --weight-decay 0.05 --layer-decay 0.65 --lr 5e-4 --warmup-lr 0 --min-lr 1e-6 \
