@@ -23,8 +23,11 @@ from pathlib import Path
 
 import numpy as np
 
+from images.files import read_regular
 from images.readers import image_folder
 from utils import atomic
+
+MOST_SHARDS = 1_000_000
 
 
 def entries(samples):
@@ -57,10 +60,10 @@ def shuffled(samples, seed):
 def shard_lines(names, shards):
     """The lines of a list of images in shuffled order. The sizes of the shards differ by one image at most.
 
-    Raises ValueError for fewer than 1 shard.
+    Raises ValueError for fewer than 1 shard and more than MOST_SHARDS.
     """
-    if shards < 1:
-        raise ValueError(f"--shards {shards} is too few: pass 1 or more.")
+    if not 1 <= shards <= MOST_SHARDS:
+        raise ValueError(f"--shards {shards} must be from 1 to {MOST_SHARDS}.")
     ends = [shard * len(names) // shards for shard in range(shards + 1)]
     places = ((shard, place) for shard in range(shards) for place in range(ends[shard + 1] - ends[shard]))
     return [f"{name},{shard},{place}\n" for name, (shard, place) in zip(names, places)]
@@ -114,7 +117,7 @@ def write(path, lines):
         if not path.exists():
             with atomic(path) as file:
                 file.write(content)
-        same = path.read_bytes() == content
+        same = read_regular(path) == content
     except OSError as error:
         raise OSError(f"Cannot write {path} ({error.strerror}): choose a folder OUT that can be written.") from error
     if not same:

@@ -37,6 +37,11 @@ _DECODING_ERRORS = (
     Image.DecompressionBombError,
 )
 
+# Views crop and resize what was decoded, and Pillow warns of a large image there as well; see `read_rgb`.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+MAX_RATIO = 1000  # of the sides of an image; a view resizes the shorter side, and the other one grows with it
+
 
 class UnreadableImage(OSError):
     """A file that is not a readable image, and will not be one when it is read again."""
@@ -51,11 +56,17 @@ def _read_bytes(path):
         raise UnreadableImage(f"Cannot read the image {printable_path(path)}: {error.strerror}") from error
 
 
+def _is_too_narrow(image):
+    return max(image.size) > MAX_RATIO * min(image.size)
+
+
 def _decode(content):
     """Return (image in RGB, its original mode) from the content of an image file."""
     with Image.open(io.BytesIO(content)) as image:
         if image.format == "EPS":
             raise ValueError("it is PostScript, a program that Pillow would run")
+        if _is_too_narrow(image):
+            raise ValueError(f"it has {image.width} x {image.height} pixels, too long and narrow for a view")
         image.load()
         if image.mode != "I" and not image.mode.startswith("I;16"):
             # `convert` would copy an image that is RGB already.
@@ -75,8 +86,8 @@ def read_rgb(path):
     `convert` would clamp all values above 255, although it reduces 16-bit colour to the upper byte as well.
 
     Raises UnreadableImage, which names the file, if it is missing, may not be read, is not a regular file or not an
-    image, is truncated, or has too many pixels or more than images.files.MAX_BYTES. Errors of the operating system that
-    do not concern this one file are not caught.
+    image, is truncated, is longer than MAX_RATIO times its width or the reverse, or has too many pixels or more than
+    images.files.MAX_BYTES. Errors of the operating system that do not concern this one file are not caught.
     """
     return _decode_or_raise(_read_bytes(path), path)
 
@@ -95,13 +106,13 @@ def _decode_or_raise(content, path):
 
 
 def _jpeg(content):
-    """Decode a JPEG by libjpeg-turbo to uint8 (3, H, W); None if it is another format, CMYK, too large or broken."""
+    """Decode a JPEG by libjpeg-turbo to uint8 (3, H, W); None where `_decode` must read or refuse it."""
     try:
         with warnings.catch_warnings():
             # torch warns of a read-only buffer, and torchvision 0.29 deprecates its decoders.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(content)) as image:  # reads the header only
-                if image.format != "JPEG" or image.mode not in ("RGB", "L"):
+                if image.format != "JPEG" or image.mode not in ("RGB", "L") or _is_too_narrow(image):
                     return None
             return decode_jpeg(torch.frombuffer(content, dtype=torch.uint8), ImageReadMode.RGB)
     except (OSError, *_DECODING_ERRORS):

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import io
 import zlib
 from functools import partial
 from pathlib import Path
@@ -10,8 +11,9 @@ import numpy as np
 from torchvision.datasets import FashionMNIST
 
 from images.downloads import fetch_folder
-from images.files import read_regular
+from images.files import MAX_BYTES, read_regular
 from images.readers import ArraySource, Samples
+from images.tables import read_text
 
 CLASSES = tuple(FashionMNIST.classes)
 SIDE = 28
@@ -55,7 +57,7 @@ def _sums(folder):
     path = folder / OWN_SUMS
     if not path.is_file():
         return SUMS
-    rows = [line.split() for line in path.read_text().splitlines()]
+    rows = [line.split() for line in read_text(path, "file of sums", "--data-path").splitlines()]
     if any(len(row) != 2 or len(row[0]) != 64 for row in rows):
         raise ValueError(f"{path} is not what sha256sum writes: make it anew, or remove it for Fashion-MNIST itself.")
     return {name.lstrip("*"): digest for digest, name in rows}
@@ -67,14 +69,20 @@ def _array(folder, name):
     if path is None:
         raise FileNotFoundError(f"There is no {folder / name}[.gz]: put Fashion-MNIST's four idx files there.")
     try:
-        content = gzip.decompress(read_regular(path)) if path.suffix == ".gz" else read_regular(path)
+        content = read_regular(path)
+        if path.suffix == ".gz":
+            with gzip.open(io.BytesIO(content)) as file:
+                content = file.read(MAX_BYTES)  # a compressed file can be that of terabytes
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is damaged ({error}): fetch it again.") from error
     if hashlib.sha256(content).hexdigest() != _sums(folder).get(name):
         raise ValueError(f"{path} is not Fashion-MNIST's, its sha256 differs: fetch it again.")
-    dimensions = content[3]
-    shape = np.frombuffer(content, ">i4", dimensions, offset=4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    try:
+        dimensions = content[3]
+        shape = np.frombuffer(content, ">i4", dimensions, offset=4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    except (IndexError, ValueError) as error:  # of a file with a sum of its own
+        raise ValueError(f"{path} is no idx file of bytes ({error}): make it anew.") from error
 
 
 def _classes(folder):
@@ -82,7 +90,7 @@ def _classes(folder):
     path = folder / OWN_CLASSES
     if not path.is_file():
         return CLASSES
-    names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    names = tuple(line.strip() for line in read_text(path, "file of class names", "--data-path").splitlines())
     if len(names) != len(CLASSES) or len({*names} - {""}) != len(CLASSES):
         raise ValueError(f"{path} must hold {len(CLASSES)} different class names, one a line: mend or remove it.")
     return names

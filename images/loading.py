@@ -6,6 +6,9 @@ of workers never changes a batch.
 
 import os
 import signal
+import sys
+import threading
+import time
 from array import array
 from contextlib import ExitStack
 from functools import partial
@@ -77,6 +80,7 @@ def evaluation_loader(dataset, batch_size, *, world, rank, num_workers, pin_memo
 
 _OPEN_FILES = "too many files are open: raise the limit (ulimit -n 65536), or"
 _SHARED_MEMORY = "shared memory (/dev/shm) is full: enlarge it (docker run --shm-size=8g), or"
+_KILLED = "a worker was killed, perhaps for lack of memory:"
 # Words of an error where the machine is exhausted: what the user is told. The first that occur count.
 _EXHAUSTED = {
     "Too many open files": _OPEN_FILES,
@@ -84,7 +88,8 @@ _EXHAUSTED = {
     "Bus error": _SHARED_MEMORY,
     "shared memory": _SHARED_MEMORY,
     "No space left on device": _SHARED_MEMORY,
-    "signal: Killed": "a worker was killed, perhaps for lack of memory:",
+    "signal: Killed": _KILLED,
+    "(pid(s) ": _KILLED,  # "DataLoader worker (pid(s) 7) exited unexpectedly", by a signal that nobody caught
 }
 
 
@@ -95,22 +100,59 @@ def _texts(error):
         error = error.__cause__ or error.__context__
 
 
+def _explained(error, flag):
+    """The OSError that says what to do where `error` means an exhausted machine, else None."""
+    found = "\n".join(_texts(error))
+    advice = next((advice for words, advice in _EXHAUSTED.items() if words in found), None)
+    return advice and OSError(f"Loading images failed, because {advice} pass fewer {flag} (0: none).")
+
+
 def raw_batches(loader, flag="--num_workers"):
     """Yield the batches of a DataLoader whose workers leave the signals of a terminal and of Slurm to this process.
 
     Args:
         flag: the command-line flag that sets the number of workers, for the error message.
-    Raises OSError, one sentence that says what to do, where the workers exhaust shared memory, open files or memory.
+    Raises OSError, one sentence that says what to do, where the workers exhaust shared memory, open files or memory:
+    where one is killed, in whatever this process is doing.
     """
     try:
         _check_open_files(loader.num_workers)
-        yield from _start(loader)
+        yield from _to_the_last(loader, flag)
     except (OSError, RuntimeError) as error:
-        found = "\n".join(_texts(error))
-        advice = next((advice for words, advice in _EXHAUSTED.items() if words in found), None)
-        if advice is None:
-            raise
-        raise OSError(f"Loading images failed, because {advice} pass fewer {flag} (0: none).") from error
+        if told := _explained(error, flag):
+            raise told from error
+        raise
+
+
+def _to_the_last(loader, flag):
+    batches = _start(loader)
+    _explain_deaths(flag)
+    try:
+        for number, batch in enumerate(batches, 1):
+            if number == len(loader):
+                next(batches, None)  # ends the workers; while Python collects an iterator, it would lose a Ctrl-C
+            yield batch
+    except (ConnectionError, EOFError):
+        time.sleep(1)  # a worker has died; what killed it is raised in a moment
+        raise
+
+
+def _explain_deaths(flag):
+    """Let the error by which PyTorch interrupts this process when a worker dies say what to do."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    if getattr(handler, "func", None) is _on_death:  # of the loader before
+        handler, _ = handler.args
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, partial(_on_death, handler, flag))
+
+
+def _on_death(handler, flag, number, frame):
+    try:
+        handler(number, frame)
+    except RuntimeError as error:
+        if told := _explained(error, flag):
+            raise told from error
+        raise
 
 
 def _check_open_files(workers):
@@ -124,8 +166,15 @@ def _check_open_files(workers):
             files.enter_context(open(os.devnull))
 
 
-def _block(signals, _worker):
+def _prepare_worker(signals, _worker):
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    sys.excepthook = _worker_excepthook
+
+
+def _worker_excepthook(kind, error, trace):
+    # A connection that breaks only says that the training process has ended before it took a batch.
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _start(loader):
@@ -137,7 +186,7 @@ def _start(loader):
     """
     # These are blocked in the worker, because Python unblocks them in a process that is not forked.
     handled = callable(signal.getsignal(signal.SIGTERM))  # as in a task of submitit, which ignores SIGTERM
-    loader.worker_init_fn = partial(_block, [signal.SIGINT, signal.SIGTERM] if handled else [signal.SIGINT])
+    loader.worker_init_fn = partial(_prepare_worker, [signal.SIGINT, signal.SIGTERM] if handled else [signal.SIGINT])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGUSR2])
     try:
         return iter(loader)

@@ -70,6 +70,9 @@ class ArraySource:
         return Image.fromarray(self.images[i])
 
 
+MOST_CLASSES = 100_000  # of a list; a larger target is taken for a mistake, because the heads would fill the memory
+
+
 @dataclass(frozen=True)
 class Samples:
     """Images and their classes.
@@ -229,10 +232,13 @@ def image_list(path, root, flag, *others, labelled=True):
         Samples; the classes are the numbers from 0 to the largest target of all lists.
 
     Raises FileNotFoundError if a list or each of the first 100 images is missing, and ValueError, which names the line,
-    if a target is missing or a path leaves the folder.
+    if a target is missing or a path leaves the folder, and the list, if there are more than MOST_CLASSES.
     """
     paths, targets = list_rows(path, root, flag, labelled)
     largest = max(map(max, [targets, *(list_rows(other, root, flag, True)[1] for other in others)]))
+    if largest >= MOST_CLASSES:
+        lists = " or ".join(map(str, (path, *others)))
+        raise ValueError(f"{lists} has an image of class {largest}, but {MOST_CLASSES - 1} is the last possible one.")
     return Samples(_file_source(root, paths, path), np.array(targets), tuple(map(str, range(largest + 1))))
 
 

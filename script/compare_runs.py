@@ -11,6 +11,7 @@ the last line of the log; the standard deviation over the runs of a row, where t
 
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
@@ -65,12 +66,25 @@ def read_flags(path):
     """
     try:
         record = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno} is not JSON: restore the file or leave the run out.") from error
+    except (ValueError, RecursionError) as error:  # a number may have too many digits, lists may be nested too deep
+        line = getattr(error, "lineno", 1)
+        raise ValueError(f"{path}, line {line} is not JSON: restore the file or leave the run out.") from error
     flags = record.get("args") if isinstance(record, dict) else None
     if not isinstance(flags, dict) or not all(isinstance(flags.get(name), int) for name in ("epochs", "seed")):
         raise ValueError(f"{path} has no flags with epochs and seed: give the --output_dir of semi_main.py.")
     return flags | {name: record[name] for name in ("world_size", "amp") if name in record}
+
+
+def is_figure(value):
+    """Whether a JSON value is a number that a table can show, or null."""
+    return value is None or isinstance(value, float) or type(value) is int and abs(value) < 2**62
+
+
+def _is_record(record):
+    """Whether a JSON value is what semi_main.py logs of an epoch: its number, and figures that may be missing."""
+    if not isinstance(record, dict) or type(record.get("epoch")) is not int or record["epoch"] < 0:
+        return False
+    return all(map(is_figure, record.values()))
 
 
 def read_log(path):
@@ -82,9 +96,9 @@ def read_log(path):
     for number, line in enumerate(_read_text(path).splitlines(), 1):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number} is not JSON: correct or remove the line.") from error
-        if not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
+        if not _is_record(record):
             raise ValueError(f"{path}, line {number} is not the record of an epoch: correct or remove the line.")
         records = [earlier for earlier in records if earlier["epoch"] < record["epoch"]] + [record]
     if not records:
@@ -189,7 +203,7 @@ def mean_and_deviation(runs, meter):
     values = [scale * run.last[meter] for run in runs if run.last.get(meter) is not None]
     if not values:
         return MISSING
-    deviation = f" ± {statistics.stdev(values):{digits}}" if len(values) > 1 else ""
+    deviation = f" ± {statistics.stdev(values):{digits}}" if len(values) > 1 and math.isfinite(sum(values)) else ""
     coverage = f" ({len(values)} of {len(runs)})" if len(values) < len(runs) else ""
     return f"{statistics.fmean(values):{digits}}{deviation}{coverage}"
 

@@ -25,8 +25,10 @@ import torch
 from torch import nn
 
 import utils
+from images.files import read_regular
 from models import fold_batchnorm, pretrained
 from options import Parser, get_args_parser
+from script.compare_runs import is_figure
 from training import checkpoint
 
 TOLERANCE = 1e-4  # largest difference of a logit
@@ -107,11 +109,14 @@ def _name_batch(path):
 def _json_file(path):
     """The JSON object in a file, or {} if there is no such file. Raises ValueError if it cannot be read."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"Cannot read {path} ({error}): correct it or move it away.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object: correct it or move it away.")
+    return content
 
 
 def recorded_meters(folder, name, epoch, ema):
@@ -122,16 +127,16 @@ def recorded_meters(folder, name, epoch, ema):
         ema: return the meters of the averaged weights.
     """
     evaluated = _json_file(folder / "eval.json")
-    if evaluated and evaluated.get("epoch") == epoch and Path(evaluated.get("checkpoint", "")).name == name:
+    if evaluated and evaluated.get("epoch") == epoch and Path(str(evaluated.get("checkpoint"))).name == name:
         return (evaluated.get("ema", {}) if ema else evaluated), "eval.json"
     log, prefix = folder / "log.txt", "test_ema_" if ema else "test_"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     for line in reversed(lines):
         try:
             record = json.loads(line)
-        except ValueError:  # incomplete, because the run was killed
+        except (ValueError, RecursionError):  # incomplete, because the run was killed
             continue
-        if record.get("epoch") == epoch:
+        if isinstance(record, dict) and record.get("epoch") == epoch:
             meters = {key.removeprefix(prefix): value for key, value in record.items() if key.startswith(prefix)}
             return meters, f"log.txt, epoch {epoch}"
     return {}, ""
@@ -153,6 +158,10 @@ def _results(model, folder, name, ema):
         "ece": "expected calibration error",
         "images": "images",
     }
+    if not isinstance(meters, dict) or not all(is_figure(meters.get(key)) for key in labels):
+        raise ValueError(
+            f"The figures of {name} in {folder}, {source}, are no numbers: correct them or move them away."
+        )
     rows = [(label, f"{meters[key]:.6g}") for key, label in labels.items() if meters.get(key) is not None]
     return f"{_table(rows)}\n\nFrom {source}." if rows else f"{UNKNOWN}: neither eval.json nor log.txt has this epoch."
 
@@ -170,7 +179,7 @@ def _split_file(flags):
     name = flags.get("data_split_file", "None")
     if name == "None":
         return "none given"
-    path = Path(name)
+    path = Path(str(name))
     digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else f"{UNKNOWN}, the file does not exist"
     return f"`{path.name}`, sha256 {digest}"
 
@@ -185,7 +194,8 @@ def model_card(model, path, ema, onnx):
         onnx: a phrase on model.onnx.
     """
     folder, flags = Path(path).parent, pretrained.flags_in(model.content)
-    run = _json_file(folder / "run.json").get("environment", {})
+    run = _json_file(folder / "run.json").get("environment")
+    run = run if isinstance(run, dict) else {}
     config = model.network.pretrained_cfg
     entry = model.name if model.name in pretrained.NAMES else None
     facts = [

@@ -5,6 +5,8 @@ import errno
 import itertools
 import json
 import os
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from images.loading import evaluation_loader, read_batches, to_device, training_
 from images.readers import FileSource, Samples
 from options import get_args_parser
 from samplers import training_order
-from tests.trees import SMALL, broken_images, draw, make_tree, semi_main, special_files
+from tests.trees import FORKSERVER, SMALL, broken_images, draw, make_tree, semi_main, special_files
 from utils import printable_path
 
 torch.set_num_threads(1)
@@ -110,6 +112,33 @@ def test_the_name_does_not_matter_and_orientation_is_ignored(tmp_path):
     exif[0x0112] = 6  # turned by 90 degrees
     Image.new("RGB", (12, 10)).save(tmp_path / "turned.jpg", exif=exif)
     assert read_rgb(tmp_path / "turned.jpg")[0].size == (12, 10)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_an_image_that_no_view_can_resize_is_unreadable(tmp_path, suffix):
+    """At 224 pixels a view would make 256 x 15,360,000 of one that is 1 x 60,000, which are 12 GB."""
+    for number, size in enumerate([(1, 1001), (1001, 1), (3, 60_000)]):
+        draw(tmp_path / f"{number}{suffix}", size=size)
+        for read in (read_rgb, read_pixels):
+            with pytest.raises(UnreadableImage, match=rf"it has {size[0]} x {size[1]} pixels, too long and narrow for"):
+                read(tmp_path / f"{number}{suffix}")
+    draw(tmp_path / f"long{suffix}", size=(1, 1000))
+    assert read_rgb(tmp_path / f"long{suffix}")[0].size == (1, 1000)
+    assert read_pixels(tmp_path / f"long{suffix}").shape == (3, 1000, 1)
+
+
+def warned_of(path, told):
+    """Write down the warnings that an image gives when it is cropped as in a view, with the filters of a program."""
+    with warnings.catch_warnings(record=True) as given:
+        read_rgb(path)[0].crop((0, 0, 9999, 9999))
+    Path(told).write_text("\n".join(str(each.message) for each in given))
+
+
+def test_views_of_a_large_image_give_no_warning(tmp_path):
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "large.png")
+    process = FORKSERVER.Process(target=warned_of, args=(tmp_path / "large.png", tmp_path / "told"))
+    process.start(), process.join()
+    assert (tmp_path / "told").read_text() == ""
 
 
 def test_postscript_is_not_run(tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import os
 import pathlib
 import pickle
@@ -10,6 +11,7 @@ import resource
 import shutil
 import subprocess
 from collections import OrderedDict
+from contextlib import contextmanager
 from copy import deepcopy
 
 import pytest
@@ -17,6 +19,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
+import utils
 from tests.equality import same
 from tests.trees import parse
 from training import checkpoint, optimization
@@ -145,6 +148,35 @@ def test_a_file_that_may_not_grow_leaves_both_checkpoints_and_a_sentence(tmp_pat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert set(os.listdir(tmp_path)) == {path.name, previous.name}
+
+
+class Interrupted(io.BufferedWriter):
+    """A file in whose third write Ctrl-C comes."""
+
+    def __init__(self, file):
+        super().__init__(file.raw)
+        self.writes = 0
+
+    def write(self, content):
+        self.writes += 1
+        if self.writes == 3:
+            raise KeyboardInterrupt
+        return super().write(content)
+
+
+def test_ctrl_c_while_a_checkpoint_is_written_stays_what_it_is(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pth"
+    checkpoint.save({"epoch": 0}, path)
+
+    @contextmanager
+    def interrupted(path, before_rename=None):
+        with utils.atomic(path, before_rename) as file:
+            yield Interrupted(file)
+
+    monkeypatch.setattr(checkpoint, "atomic", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save({"epoch": 1, "tensor": torch.randn(9)}, path)
+    assert os.listdir(tmp_path) == [path.name] and checkpoint.read(path) == {"epoch": 0}
 
 
 def test_a_published_file_loads_with_its_namespace_and_paths(tmp_path):

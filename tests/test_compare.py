@@ -38,6 +38,12 @@ def cells(text):
     return [rows[0], *rows[2:]]
 
 
+@pytest.mark.parametrize("odd", [float("inf"), float("nan")])
+def test_the_mean_of_a_figure_that_is_not_finite_has_no_deviation(tmp_path, odd):
+    runs = [make_run(tmp_path / str(i), [record(0, acc1)], seed=i) for i, acc1 in enumerate((odd, 50.0))]
+    assert cells(table(*runs, metrics=["acc1"]))[1][-1] == str(odd)
+
+
 @pytest.fixture
 def six(tmp_path):
     """Two settings of three seeds, the data of a seed in a folder of its own; the larger mu first."""
@@ -149,6 +155,14 @@ def test_the_later_attempt_at_an_epoch_counts(tmp_path):
     ("log.txt", "\xff\n", "/log.txt, line 1 is not JSON"),
     ("log.txt", '{"epoch": 0}\n[1]\n', "/log.txt, line 2 is not the record of an epoch"),
     ("log.txt", '{"acc1": 0}\n', "/log.txt, line 1 is not the record of an epoch"),
+    ("log.txt", '{"epoch": -1}\n', "/log.txt, line 1 is not the record of an epoch"),
+    ("log.txt", '{"epoch": true}\n', "/log.txt, line 1 is not the record of an epoch"),
+    ("log.txt", f'{{"epoch": {10**300}}}\n', "/log.txt, line 1 is not the record of an epoch"),
+    ("log.txt", '{"epoch": 1, "test_acc1": "x"}\n', "/log.txt, line 1 is not the record of an epoch"),
+    ("log.txt", '{"epoch": 0}\n{"epoch": 1, "test_acc1": ' + "9" * 5000 + "}\n", "/log.txt, line 2 is not JSON"),
+    ("log.txt", "[" * 100_000, "/log.txt, line 1 is not JSON"),
+    ("run.json", "[" * 100_000, "/run.json, line 1 is not JSON: restore the file"),
+    ("run.json", "9" * 5000, "/run.json, line 1 is not JSON: restore the file"),
     ("run.json", '{\n"args": {,\n', "/run.json, line 2 is not JSON: restore the file"),
     ("run.json", "[]", "/run.json has no flags with epochs and seed: give the --output_dir"),
     ("run.json", '{"args": {"epochs": 3}}', "/run.json has no flags with epochs and seed")])  # fmt: skip

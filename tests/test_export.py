@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import os
 import sys
 
 import pytest
@@ -45,6 +46,31 @@ def test_the_exported_weights_load_back_to_the_bit_with_names_and_flags(run, cap
     other = build_model(NAME, 3)
     checkpoint.load_weights(other, checkpoint.weights_in(second.content, "x"), "x")  # as --finetune and --eval do
     assert torch.equal(other.conv1.weight, own["conv1.weight"])
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("eval.json", "[1]", "eval.json holds no JSON object"), ("run.json", "5", "run.json holds no JSON object"),
+    ("eval.json", "[" * 100_000, "Cannot read .*eval.json"), ("run.json", os.mkfifo, "run.json .*not a regular file"),
+    ("eval.json", os.mkdir, "Cannot read .*eval.json"), ("eval.json", os.mkfifo, "eval.json .*not a regular file"),
+    ("eval.json", '{"epoch": 1, "checkpoint": "checkpoint.pth", "acc1": "x"}', "of checkpoint.pth in .*, eval.json, a"),
+    ("log.txt", '{"epoch": 1, "test_acc1": [3]}', "of checkpoint.pth in .*, log.txt, epoch 1, are no numbers"),
+])  # fmt: skip
+def test_files_beside_the_checkpoint_that_are_not_ours_are_one_sentence(run, name, content, words):
+    (run / name).unlink(missing_ok=True)
+    content(run / name) if callable(content) else (run / name).write_text(content)
+    with pytest.raises(ValueError, match=words) as caught:
+        export.main(["--checkpoint", str(run / "checkpoint.pth"), "--output", str(run / "out"), "--no-onnx"])
+    assert "move" in str(caught.value)
+
+
+def test_lines_of_a_log_that_are_no_records_are_passed_over(run):
+    with open(run / "log.txt", "a") as log:
+        log.write("\n[1]\n5\nnull\n" + "[" * 100_000 + "\n")
+    (run / "run.json").write_text('{"environment": [1]}')
+    (run / "eval.json").write_text('{"epoch": 1, "checkpoint": 5}')
+    export.main(["--checkpoint", str(run / "checkpoint.pth"), "--output", str(run), "--no-onnx"])
+    text = (run / "README.md").read_text()
+    assert "| top-1, summed logits, % | 51 |" in text and "| git revision of the run | not available |" in text
 
 
 def test_the_card_tells_what_is_known_and_what_is_not(run):

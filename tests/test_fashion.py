@@ -50,6 +50,13 @@ def test_without_own_sums_the_published_ones_are_asked_for(tmp_path):
         fashion.fashion(tmp_path, "train")
 
 
+def with_its_sum(folder, content):
+    """The training images replaced by these bytes, whose sum SHA256SUMS has."""
+    (folder / FILES[0]).write_bytes(content)
+    with open(folder / "SHA256SUMS", "a") as file:
+        file.write(f"{hashlib.sha256(content).hexdigest()}  {FILES[0]}\n")
+
+
 @pytest.mark.parametrize("spoil, message", [
     (lambda f: (f / FILES[1]).unlink(), "There is no .*train-labels-idx1-ubyte..gz.: put Fashion-MNIST's four"),
     (lambda f: (f / FILES[0]).write_bytes(raw(f, FILES[0])[:-1]), "train-images.* its sha256 differs"),
@@ -60,6 +67,12 @@ def test_without_own_sums_the_published_ones_are_asked_for(tmp_path):
     (lambda f: write_idx(f, FILES[1], np.zeros(3, np.uint8)), "do not fit: .40, 28, 28. images, .3,. labels"),
     (lambda f: write_idx(f, FILES[1], np.full(40, 10, np.uint8)), "do not fit"),
     (lambda f: write_idx(f, FILES[0], np.zeros((40, 9, 9), np.uint8)), "do not fit: .40, 9, 9. images"),
+    (lambda f: with_its_sum(f, b""), "images-idx3-ubyte is no idx file of bytes"),
+    (lambda f: with_its_sum(f, b"\0\0\x08\x03" + b"\xff" * 12), "images-idx3-ubyte is no idx file of bytes"),
+    (lambda f: with_its_sum(f, b"\0\0\x08\x03" + b"\x7f" * 12), "images-idx3-ubyte is no idx file of bytes"),
+    (lambda f: with_its_sum(f, b"\0\0\x08\xff" + bytes(8)), "images-idx3-ubyte is no idx file of bytes"),
+    (lambda f: (f / "SHA256SUMS").write_bytes(b"\xff"), "SHA256SUMS is not UTF-8 text"),
+    (lambda f: (f / "classes.txt").write_bytes(b"\xff"), "classes.txt is not UTF-8 text"),
 ])  # fmt: skip
 def test_what_is_wrong_is_named(tmp_path, spoil, message):
     make_fashion(tmp_path)
@@ -67,6 +80,18 @@ def test_what_is_wrong_is_named(tmp_path, spoil, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         fashion.fashion(tmp_path, "train")
     assert "\n" not in str(caught.value)
+
+
+def test_a_compressed_file_is_read_up_to_the_limit(tmp_path, monkeypatch):
+    make_fashion(tmp_path)
+    (tmp_path / FILES[0]).unlink(), (tmp_path / f"{FILES[0]}.gz").write_bytes(gzip.compress(bytes(10**6)))
+    monkeypatch.setattr(fashion, "MAX_BYTES", 1000)
+    hashed = []
+    sha256 = hashlib.sha256
+    monkeypatch.setattr(fashion.hashlib, "sha256", lambda content: hashed.append(len(content)) or sha256(content))
+    with pytest.raises(ValueError, match="ubyte.gz is not Fashion-MNIST's, its sha256 differs"):
+        fashion.fashion(tmp_path, "train")
+    assert hashed == [1000]
 
 
 def test_another_set_in_this_format_names_its_classes(tmp_path):

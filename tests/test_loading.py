@@ -6,6 +6,8 @@ import os
 import random
 import resource
 import signal
+import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -192,6 +194,68 @@ def test_ctrl_c_does_not_reach_the_workers(capfd):
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
+def test_the_workers_have_ended_before_the_last_batch_is_used():
+    """Also where the loader is not asked for more: a Ctrl-C while Python collects it would be lost."""
+    loader = training_loader(Drawing(40), training_order(40), 4, 3, seed=0, epoch=0, rank=0, num_workers=2,
+                             pin_memory=False, stream=0)  # fmt: skip
+    reading = read_batches(loader)
+    living = [next(reading) and len(multiprocessing.active_children()) for _ in range(3)]
+    assert living == [2, 2, 0] and list(reading) == []
+
+
+class Killing(Drawing):
+    """Its worker is killed in the second batch."""
+
+    def load(self, i):
+        if multiprocessing.parent_process() and i >= 4:
+            time.sleep(0.5)  # when the first batch has been taken
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().load(i)
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_worker_that_is_killed_is_one_sentence_in_whatever_the_process_does(busy):
+    loader = DataLoader(loading._Ordered(Killing(12), range(12), (0,)), 4, num_workers=1, collate_fn=loading._collate)
+    told = "^Loading images failed, because a worker was killed, perhaps for lack of memory: pass fewer --w .0: none.*$"
+    reading = raw_batches(loader, "--w")
+    with pytest.raises(OSError, match=told) as caught:
+        next(reading)
+        for _ in range(100 * busy):  # PyTorch interrupts it
+            time.sleep(0.1)
+        next(reading)
+    assert is_ours(caught.value)
+
+
+def test_a_worker_that_dies_while_it_hands_over_a_batch_is_one_sentence(monkeypatch):
+    """The connection breaks before the system tells of the death."""
+
+    def broken(_):
+        yield "a batch"
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGCHLD)).start()
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+    def death(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    before = signal.signal(signal.SIGCHLD, death)
+    monkeypatch.setattr(loading, "_start", broken)
+    try:
+        reading = raw_batches(DataLoader([0, 0]), "--w")
+        assert next(reading) == "a batch"
+        with pytest.raises(OSError, match="a worker was killed, perhaps for lack of memory: pass fewer --w"):
+            next(reading)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def test_a_worker_is_silent_about_a_process_that_has_ended(capsys):
+    for error in (ConnectionResetError(), EOFError(), BrokenPipeError()):
+        loading._worker_excepthook(type(error), error, None)
+    assert capsys.readouterr().err == ""
+    loading._worker_excepthook(ValueError, ValueError("x"), None)
+    assert "ValueError: x" in capsys.readouterr().err
+
+
 MANY_FILES = "too many files are open: raise the limit (ulimit -n 65536), or"
 FULL_MEMORY = "shared memory (/dev/shm) is full: enlarge it (docker run --shm-size=8g), or"
 
@@ -228,7 +292,7 @@ def failing(error, workers=2):
                 raise
             ExceptionWrapper(where="in DataLoader worker process 0").reraise()
 
-    return DataLoader([0], num_workers=workers), start
+    return DataLoader([0, 0], num_workers=workers), start
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -241,6 +305,8 @@ def failing(error, workers=2):
     (RuntimeError("unable to write to file </torch_1>: No space left on device (28)"), FULL_MEMORY),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. "), FULL_MEMORY),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+     "a worker was killed, perhaps for lack of memory:"),
+    (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
      "a worker was killed, perhaps for lack of memory:"),
 ])  # fmt: skip
 def test_an_exhausted_machine_is_one_sentence(monkeypatch, workers, error, words):

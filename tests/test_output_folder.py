@@ -90,8 +90,31 @@ def test_its_wait_is_bounded(holder, tmp_path, monkeypatch):
         pass
 
 
+@pytest.mark.parametrize("name", ["run.lock", "log.txt", "log.dropped.txt", "run.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("../outside")])
+def test_a_text_file_of_a_run_that_is_something_else_is_refused_unopened(tmp_path, name, make):
+    folder, outside = tmp_path / "out", tmp_path / "outside"
+    folder.mkdir(), outside.write_text("precious"), make(folder / name)
+    with pytest.raises(ValueError, match=f"{folder / name} is no regular file, but a link, a folder or a device: rem"):
+        with output_folder.claimed(folder, "auto", False):
+            pass
+    assert outside.read_text() == "precious" and os.listdir(folder) == [name]
+
+
+def test_a_checkpoint_that_is_a_link_to_itself_is_one_of_its_folder(tmp_path):
+    (tmp_path / "checkpoint.pth").symlink_to("checkpoint.pth")
+    assert output_folder.is_inside(str(tmp_path / "checkpoint.pth"), tmp_path)
+    assert not output_folder.is_inside(str(tmp_path / "checkpoint.pth"), tmp_path.parent)
+
+
+def test_a_folder_that_is_called_like_a_leftover_stays_and_a_leftover_goes(tmp_path):
+    (tmp_path / "checkpoint.pth.17.tmp").mkdir(), (tmp_path / "best.pth.17.tmp").touch()
+    output_folder.Output(tmp_path).tidy(0)
+    assert os.listdir(tmp_path) == ["checkpoint.pth.17.tmp"]
+
+
 def test_a_lock_file_of_nonsense_hinders_nobody(tmp_path):
-    for nonsense in (b"\xff\xfe", b"[1]", b"{}"):
+    for nonsense in (b"\xff\xfe", b"[1]", b"{}", b"[" * 100_000):
         (tmp_path / "run.lock").write_bytes(nonsense)
         assert not output_folder.begun_by_job(tmp_path, "1")
         with output_folder.claimed(tmp_path, "auto", False):
@@ -145,6 +168,12 @@ def test_a_run_goes_on_in_its_own_folder(tmp_path, monkeypatch):
     for resume in ("auto", tmp_path / "best.pth", "best.pth", "./checkpoint.pth"):
         with output_folder.claimed(tmp_path, str(resume), False):
             assert before <= set(os.listdir(tmp_path))
+
+
+def test_a_run_json_nested_without_end_is_none_of_ours(tmp_path):
+    (tmp_path / "run.json").write_text("[" * 100_000)
+    output_folder.Output(tmp_path).write_run_json(lambda: {"resumed_from": None}, goes_on=True)
+    assert json.loads((tmp_path / "run.json").read_text()) == {"resumed_from": None, "earlier": []}
 
 
 def test_overwrite_moves_the_old_files_and_deletes_none(tmp_path, capsys):

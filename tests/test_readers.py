@@ -431,6 +431,9 @@ def test_classes_are_counted_in_several_lists(tmp_path):
     for others, n in (([], 3), ([tmp_path / "val.txt"], 5)):
         samples = image_list(tmp_path / "train.txt", tmp_path, "--data-path", *others)
         assert samples.classes == tuple(map(str, range(n)))
+    (tmp_path / "val.txt").write_text("of_no_image.jpg 100000\n")
+    with pytest.raises(ValueError, match="train.txt or .*val.txt has an image of class 100000"):
+        image_list(tmp_path / "train.txt", tmp_path, "--data-path", tmp_path / "val.txt")
 
 
 @pytest.mark.parametrize("content, message", [
@@ -446,6 +449,7 @@ def test_classes_are_counted_in_several_lists(tmp_path):
     ("", r"list.txt names no image \(--split-folder\)"), ("\n \n", "list.txt names no image"),
     (b"caf\xe9.jpg 1", "list.txt is not UTF-8"), ("a.jpg 1\nb\0.jpg 1", "list.txt is not a text file: line 2"),
     ("a.jpg \u0663", "line 1: 'a.jpg \u0663' has no class"),
+    ("a.jpg 100000", "list.txt has an image of class 100000, but 99999 is the last possible one"),
 ])  # fmt: skip
 def test_wrong_lists_are_explained(tmp_path, content, message):
     draw(tmp_path / "a.jpg")

@@ -146,6 +146,7 @@ def test_only_shared_names_are_paths(tmp_path):
     ({"fraction": 0.0}, ["--fraction 0.0"]), ({"fraction": 1.1}, ["--fraction 1.1"]),
     ({"fraction": float("nan")}, ["--fraction nan"]), ({"fraction": 0.001}, ["--fraction 0.001 of 80 images is none"]),
     ({"fraction": 0.1, "seed": -1}, ["--seed -1"]), ({"fraction": 0.1, "shards": 0}, ["--shards 0"]),
+    ({"fraction": 0.1, "shards": 10**12}, ["--shards 1000000000000", "1000000"]),
 ])  # fmt: skip
 def test_unfit_flags_are_named_and_nothing_is_written(tmp_path, drawn, parts):
     plant(tmp_path / "train")
@@ -172,6 +173,13 @@ def test_another_list_is_not_overwritten(tmp_path):
     with pytest.raises(FileExistsError, match="labelled.txt holds another list"):
         make_split(tmp_path / "train", tmp_path / "out", fraction=0.2)
     assert content(tmp_path / "out") == kept and len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_a_list_that_is_a_fifo_is_refused_and_does_not_block(tmp_path):
+    plant(tmp_path / "train")
+    (tmp_path / "out").mkdir(), os.mkfifo(tmp_path / "out/all.txt")
+    with pytest.raises(OSError, match="Cannot write .*all.txt .it is not a regular file"):
+        make_split(tmp_path / "train", tmp_path / "out", fraction=0.5)
 
 
 def test_unfit_folders_are_named(tmp_path):

@@ -148,7 +148,8 @@ def save(content, path, previous=None):
         try:
             torch.save(content, file)
         except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # on a full disk torch.save itself reports an "unexpected pos"
+            # On a full disk, and where Ctrl-C interrupts it, torch.save itself reports an "unexpected pos".
+            if isinstance(error.__context__, OSError | KeyboardInterrupt):
                 raise error.__context__ from error
             raise
 

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import time
 from contextlib import contextmanager
 from datetime import datetime
@@ -15,11 +16,11 @@ from training import checkpoint, validation
 from utils import print_main
 
 LATEST, PREVIOUS, BEST, FORK = "checkpoint.pth", "checkpoint.prev.pth", "best.pth", "epoch_{}_checkpoint.pth"
-LOG, LOCK = "log.txt", "run.lock"
+LOG, DROPPED, RECORD, LOCK = "log.txt", "log.dropped.txt", "run.json", "run.lock"
 CHECKPOINTS = (LATEST, PREVIOUS, BEST, FORK.format("*"))
 # Everything of a run and of the evaluations beside it; the folder of a Slurm job also holds the files of submitit.
-OF_A_RUN = (*CHECKPOINTS, LOG, "log.dropped.txt", "run.json", "tensorboard", "eval.json", "*per_class.csv",
-            "*confusion.csv", "*confusion.png", "*reliability.png")  # fmt: skip
+OF_A_RUN = (*CHECKPOINTS, LOG, DROPPED, RECORD, "tensorboard", "eval.json", "*per_class.csv", "*confusion.csv",
+            "*confusion.png", "*reliability.png")  # fmt: skip
 WAIT_S = 300  # for the end of the attempt before this one, in a job that Slurm has requeued
 
 
@@ -30,11 +31,12 @@ WAIT_S = 300  # for the end of the attempt before this one, in a job that Slurm 
 def claimed(folder, resume, overwrite):
     """Inside the block no other run writes to the folder, and none lies there that this one does not go on with.
 
-    Every rank must enter it. Raises ValueError as `_lock` and `_make_room`, on all ranks together. An empty name
-    claims nothing.
+    Every rank must enter it. Raises ValueError as `_check_files`, `_lock` and `_make_room`, on all ranks together. An
+    empty name claims nothing.
     """
     lock = []
     if folder:
+        utils.on_main(_check_files, folder)
         utils.on_main(lambda: lock.append(_lock(folder)))
         if aside := utils.on_main(_make_room, folder, resume, overwrite):
             print_main(f"--overwrite: the files of the run before are in {aside}.")
@@ -43,6 +45,16 @@ def claimed(folder, resume, overwrite):
     finally:
         for file in lock:
             file.close()
+
+
+def _check_files(folder):
+    """Raise ValueError where a text file of a run is something else.
+
+    A FIFO would block the run that opens it, and through a link the run would write to a file outside of its folder.
+    """
+    for path in (Path(folder, name) for name in (LOG, DROPPED, RECORD, LOCK)):
+        if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+            raise ValueError(f"{path} is no regular file, but a link, a folder or a device: remove it.")
 
 
 def _lock(folder):
@@ -93,7 +105,7 @@ def _holder(file):
     try:
         # Not by a second descriptor: closing it would end a lock of this process.
         holder = json.loads(os.pread(file.fileno(), 10_000, 0))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return holder if isinstance(holder, dict) else {}
 
@@ -102,7 +114,7 @@ def begun_by_job(folder, job):
     """Whether the last run in the folder was started in this Slurm or submitit job."""
     try:
         holder = json.loads(Path(folder, LOCK).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(holder, dict) and holder.get("job") == job
 
@@ -117,7 +129,8 @@ def holds_run(folder):
 
 def is_inside(path_or_url, folder):
     """Whether a checkpoint is one of the run in this folder."""
-    return "://" not in path_or_url and Path(path_or_url).resolve().parent == Path(folder).resolve()
+    # Not by Path.resolve, which raises RuntimeError at a link to itself.
+    return "://" not in path_or_url and os.path.dirname(os.path.realpath(path_or_url)) == os.path.realpath(folder)
 
 
 def _make_room(folder, resume, overwrite):
@@ -209,7 +222,7 @@ def _earlier_starts(path, folder):
         start = {key: record[key] for key in ("resumed_from", "changed")}
         told = start["changed"] or start["resumed_from"] and not is_inside(start["resumed_from"], folder)
         return record["earlier"] + [start] * bool(told)
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return []  # written by a version that did not record this
 
 
@@ -230,7 +243,7 @@ class Output:
         """
 
         def write():
-            path, record = self.folder / "run.json", content()
+            path, record = self.folder / RECORD, content()
             utils.write_json(path, record | {"earlier": _earlier_starts(path, self.folder) if goes_on else []})
 
         if self.folder:
@@ -248,7 +261,8 @@ class Output:
 
         def tidy_up():
             for leftover in self.folder.glob("*.[0-9]*.tmp"):
-                leftover.unlink()
+                if not leftover.is_dir():  # a folder is not ours
+                    leftover.unlink()
             dropped = utils.trim_json_lines(log, epoch)
             kept = [json.loads(line)["epoch"] for line in log.read_text("utf-8").splitlines()] if log.is_file() else []
             begun = min(kept, default=max(logged, default=0))  # a fork has no lines of the run it comes from

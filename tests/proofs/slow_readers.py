@@ -79,6 +79,8 @@ def image_list(content, root):
     if not any(os.path.isfile(f"{root}/{path}") for path, _ in rows[:100]):
         return None
     targets = [target for _, target in rows]
+    if max(targets) > 99_999:
+        return None
     return [path for path, _ in rows], targets, tuple(str(i) for i in range(max(targets) + 1))
 
 
