@@ -790,6 +790,8 @@ _LIMITS = {
     # What torch's generators take, less what the samplers add to it for later epochs.
     "must be from -2**63 to 2**63 - 1": (lambda x: -(2**63) <= x < 2**63, ("--seed",)),
     "must be above 0 and at most 1": (lambda x: 0 < x <= 1, ("--select-ratio", "--layer-decay")),
+    "must be at most 1000000": (lambda x: x <= 10**6, ("--epochs", "--steps-per-epoch", "--batch-size")),
+    "must be at most 10000": (lambda x: x <= 10**4, ("--input-size",)),
     f"must be one of {', '.join(_SCHEDULES)}": (lambda x: x in _SCHEDULES, ("--sched",)),
     "must be batch, pair or elem": (lambda x: x in ("batch", "pair", "elem"), ("--mixup-mode",)),
     "must be one share or two": (lambda x: x is None or len(x) <= 2, ("--lr-noise",)),

@@ -197,6 +197,10 @@ def _bad_images(value):
     return _is_not(value, "the numbers of the unreadable images of each set")
 
 
+# Flags that decide what network is built from a file; every other flag is only compared.
+_TYPES = {"model": str, "data_set": str, "data_backend": str, "input_size": int, "remove_fcu": bool}
+
+
 def _args(value):
     flags = vars(value) if isinstance(value, argparse.Namespace) else {} if value is None else value
     if not isinstance(flags, dict):
@@ -204,6 +208,8 @@ def _args(value):
     for name, setting in flags.items():
         if not isinstance(name, str) or not name.isidentifier() or name.startswith("__"):
             return f" has {_shown(name)}, which is no flag's name"
+        if type(setting) is not _TYPES.get(name, type(setting)) or name == "input_size" and not 1 <= setting <= 10**4:
+            return f"[{name!r}]" + _is_not(setting, "a value of that flag")
         for each in setting if isinstance(setting, list | tuple) else [setting]:
             if not isinstance(each, PLAIN):
                 return f"[{name!r}]" + _is_not(setting, "a flag's value")
