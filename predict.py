@@ -124,9 +124,11 @@ def as_text(rows, style):
 
 
 def check_output(output, inputs):
-    """Raise ValueError where writing the file `output` would replace one of the input files."""
+    """Raise ValueError where writing the file `output` would replace one of the input files, a device or a folder."""
     if not os.path.exists(output):
         return
+    if not os.path.isfile(output):  # the new file is renamed onto it: /dev/null would be one for everybody
+        raise ValueError(f"--output {output} is no regular file: choose another file, or leave it out for stdout.")
     for path in inputs:
         if os.path.exists(path) and os.path.samefile(output, path):
             raise ValueError(f"--output {output} would replace the input {path}: choose another file.")

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -169,6 +170,16 @@ def test_output_over_an_input_is_refused_before_anything_is_read(tmp_path, monke
     with pytest.raises(ValueError, match=f"^--output {output} would replace the input .*: choose another file.$"):
         predict.main(words)
     assert {path: path.read_bytes() for path in before} == before and link.is_symlink()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/null")])
+def test_an_output_that_is_no_regular_file_is_not_replaced(file, tmp_path, make):
+    image, output = draw(tmp_path / "a.png"), tmp_path / "output"
+    make(output)
+    before = os.lstat(output)
+    with pytest.raises(ValueError, match=f"^--output {output} is no regular file: choose another file"):
+        predict.main([str(image), "--checkpoint", str(file), "--output", str(output)])
+    assert os.path.samestat(os.lstat(output), before)
 
 
 def test_an_output_of_an_earlier_run_is_replaced(tree, file, tmp_path):
