@@ -170,9 +170,18 @@ FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["tests.trees", "semi_main"])
 
 
-def _run_as_main(program, words, env, output):
+def run_as_main(program, words, env, output, anew=False):
+    """In a forked process: run a Python program, a path or a module, with this environment.
+
+    Args:
+        output: the files that it prints to and reports errors to.
+        anew: replace the process by a new Python, as a user starts it.
+    """
     for descriptor, file in zip((1, 2), output):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
+    if anew:
+        of_a_module = [] if program.endswith(".py") else ["-m"]
+        os.execve(sys.executable, [sys.executable, *of_a_module, program, *words], env)
     os.environ.clear()
     os.environ.update(env)
     multiprocessing.set_start_method(None, force=True)  # of data workers: the default, no longer the fork server
@@ -198,7 +207,7 @@ def forked(program, *words, environments=({},), timeout=300):
     with tempfile.TemporaryDirectory() as folder:
         outputs = [(f"{folder}/{rank}.out", f"{folder}/{rank}.err") for rank in range(len(environments))]
         processes = [
-            FORKSERVER.Process(target=_run_as_main, args=(str(program), words, {**os.environ, **env}, output))
+            FORKSERVER.Process(target=run_as_main, args=(str(program), words, {**os.environ, **env}, output))
             for env, output in zip(environments, outputs)
         ]
         for process in processes:
