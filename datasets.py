@@ -219,22 +219,23 @@ def _views(args):
     size, flip, colours = args.input_size, args.hflip, DATA_SETS[args.data_set].colours
     if colours:
         weak = transforms.cifar_weak_view(size, colours, flip)
-        return weak, transforms.cifar_strong_view(size, colours, flip), weak
-    strong = transforms.train_view(
-        size,
-        args.aa,
-        args.color_jitter,
-        args.train_interpolation,
-        args.reprob,
-        args.remode,
-        args.recount,
-        hflip=flip,
-        scale=args.scale,
-    )
-    if args.data_backend == "fast":
-        strong = fast_transforms.train_view(strong)
-        return strong, strong, fast_transforms.weak_view(size, flip)
-    return strong, strong, transforms.weak_view(size, flip)
+        views = {"weak": weak, "strong": transforms.cifar_strong_view(size, colours, flip)}
+    else:
+        strong = transforms.train_view(
+            size,
+            args.aa,
+            args.color_jitter,
+            args.train_interpolation,
+            args.reprob,
+            args.remode,
+            args.recount,
+            hflip=flip,
+            scale=args.scale,
+        )
+        views = {"weak": transforms.weak_view(size, flip), "strong": strong}
+        if args.data_backend == "fast":
+            views = {"weak": fast_transforms.weak_view(size, flip), "strong": fast_transforms.train_view(strong)}
+    return views[args.labelled_view or ("weak" if colours else "strong")], views["strong"], views["weak"]
 
 
 def fixmatch_colours(name):
@@ -311,8 +312,10 @@ def build_training_sets(args, semi_supervised):
         raise ValueError(f"--select-ratio {args.select_ratio} labels none of {len(samples)} train images: raise it.")
     labelled, *both = _views(args)
     finish = _finish(args, reprob=args.reprob, remode=args.remode, recount=args.recount)
+    # On the device only the first view is erased, which of the labelled images may be the weak one.
+    finish_labelled = _finish(args) if args.labelled_view == "weak" else finish
     allowed = partial(tolerated, args.max_bad_images)
-    labelled_set = MultiViewDataset(samples, indices, labelled, tolerated=allowed(len(indices)), finish=finish)
+    labelled_set = MultiViewDataset(samples, indices, labelled, tolerated=allowed(len(indices)), finish=finish_labelled)
     if not semi_supervised:
         return labelled_set, None
     pool, others = _unlabelled(args, data_set, samples, indices)

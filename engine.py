@@ -8,8 +8,9 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch.nn import functional as F
 
+import pseudo_mixup
 from losses import objective
-from pseudo_labels import diagnostics, pseudo_label
+from pseudo_labels import PseudoLabeller, diagnostics
 from utils import EpochLog, Meters, gather, world_and_rank
 
 
@@ -56,9 +57,10 @@ def train_step(
     This is the paper's method. A group of several batches takes one step with the mean of their losses.
 
     Args:
-        state: TrainState; its model, optimizer, scaler and EMA are updated.
+        state: TrainState; its model, optimizer, scaler, EMA and labeller are updated. Without a labeller the pseudo
+            labels are those of `recipe`.
         student: the network that trains, DDP-wrapped or compiled, in train mode.
-        teacher: the bare network that labels the weak views (published: with the same weights).
+        teacher: the bare network that labels the weak views (published: with the same weights), or its average.
         labelled: (images (L, 3, H, W), labels (L,) int64, ...).
         unlabelled: (strong (U, 3, H, W), weak (U, 3, H, W), true classes (U,), ...), or None: supervised only.
         autocast: factory of the context for the forward passes and the losses.
@@ -75,7 +77,9 @@ def train_step(
     # DDP exchanges gradients only with the last batch of a group.
     accumulating = place < size - 1 and hasattr(student, "no_sync")
     with student.no_sync() if accumulating else nullcontext():
-        loss, parts, diagnosis = _loss(student, teacher, labelled, unlabelled, recipe, autocast, consistent, mixup)
+        loss, parts, diagnosis = _loss(
+            student, teacher, state.labeller, labelled, unlabelled, recipe, autocast, consistent, mixup
+        )
         if place == 0:
             state.optimizer.zero_grad(set_to_none=True)
         state.scaler.scale(loss / size).backward()
@@ -84,30 +88,55 @@ def train_step(
     return parts, diagnosis
 
 
-def _loss(student, teacher, labelled, unlabelled, recipe, autocast, consistent, mixup):
+def _loss(student, teacher, labeller, labelled, unlabelled, recipe, autocast, consistent, mixup):
     """(loss, its parts, diagnosis) of a batch."""
     images, labels = labelled[:2]
     if mixup is not None:
         images, labels = mixup(images, labels)
-    strong_logits = targets = weights = features = None
+    strong_logits = targets = weights = features = fairness = None
     diagnosis = {}
     with autocast():
         if unlabelled is None:
             labelled_logits = _streams(student(images, ret_feat=recipe.dual_consistency))[0]
         else:
-            strong, weak, truth = unlabelled[:3]
+            strong, weak, truth, *index = unlabelled[:4]
+
+            def label(labelled_logits=None):
+                with torch.no_grad(), evaluating(teacher):
+                    logits, features = _streams(teacher(weak, ret_feat=recipe.dual_consistency))
+                settings = recipe.policy, recipe.threshold, recipe.temperature
+                made = labeller or PseudoLabeller(*settings, streams=len(logits))
+                return logits, features, made(logits, *index, labelled_logits=labelled_logits)
+
+            if recipe.pseudo_mixup:
+                # Semi-ViT: the labels come first, because they decide how the strong images are mixed.
+                weak_logits, weak_features, pseudo = label()
+                strong, targets, weights = _pseudo_mixed(strong, pseudo, weak_logits[0].shape[1], recipe)
             # paper: one forward pass for both, so that BatchNorm normalises labelled and strong images together ...
             logits, seen = _streams(student(torch.cat([images, strong]), ret_feat=recipe.dual_consistency))
-            # ... and the weak images after it, with running statistics that already include this step.
-            with torch.no_grad(), evaluating(teacher):
-                weak_logits, weak_features = _streams(teacher(weak, ret_feat=recipe.dual_consistency))
             labelled_logits, strong_logits = _split(logits, len(images))
+            if not recipe.pseudo_mixup:
+                # ... and the weak images after it, with running statistics that already include this step.
+                weak_logits, weak_features, pseudo = label(labelled_logits)
+                targets, weights = pseudo.targets, pseudo.weights
             if consistent:
                 features = weak_features, _split(seen, len(images))[1]
-            targets, weights = pseudo_label(weak_logits, recipe.policy, recipe.threshold, recipe.temperature)
-            diagnosis = diagnostics(targets, weights, truth, weak_logits)
-        loss, parts = objective(labelled_logits, labels, strong_logits, targets, weights, recipe, features)
+            if recipe.fairness_lambda:
+                fairness = labeller.fairness(strong_logits, weights)
+            diagnosis = diagnostics(pseudo.targets, weights, truth, weak_logits) | (
+                labeller.level() if labeller else {}
+            )
+        loss, parts = objective(labelled_logits, labels, strong_logits, targets, weights, recipe, features, fairness)
     return loss, parts, diagnosis
+
+
+def _pseudo_mixed(strong, labels, num_classes, recipe):
+    """Mix the strong images by their labels: (images, soft targets (U, C), weights (U,))."""
+    drawn = pseudo_mixup.draw(labels.probability, *strong.shape[-2:])
+    images, targets, probability = pseudo_mixup.mix(
+        strong, labels.targets, labels.probability, *drawn, num_classes=num_classes, smoothing=recipe.smoothing
+    )
+    return images, targets, (probability >= recipe.threshold).to(probability.dtype)
 
 
 def _update(state, clip_grad, with_norm):
@@ -204,6 +233,8 @@ def train_one_epoch(
     consistent = unlabelled is not None and recipe.is_consistent(epoch)
     batches = zip(labelled, unlabelled if unlabelled is not None else itertools.repeat(None))
     for step, (with_labels, without) in enumerate(log.timed(batches)):
+        if not state.scheduler.t_in_epochs:
+            state.scheduler.step_update(epoch + step // accum_iter / math.ceil(steps / accum_iter))
         parts, diagnosis = train_step(
             state,
             student,
@@ -219,7 +250,7 @@ def train_one_epoch(
             with_norm=write is not None,
         )
         watch.add(step, parts, with_labels, without)
-        lr = state.optimizer.param_groups[0]["lr"]
+        lr = max(group["lr"] for group in state.optimizer.param_groups)  # --layer-decay lowers it for early layers
         images = len(with_labels[0]) + (len(without[0]) if without else 0)
         log.add({name: (value, 1) for name, value in {"lr": lr, **parts}.items()} | diagnosis, images)
         if log.is_due(step):

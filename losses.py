@@ -36,15 +36,19 @@ class Recipe:
     margin: float = 0.5  # of the triplet loss
     anchor_type: str = "weak"  # view that is the anchor; or "strong", "both"
     dis_type: str = "cos"  # distance of the triplet loss; or "l2"
+    pseudo_mixup: bool = False  # mix the strong images with each other by their pseudo labels (Semi-ViT)
+    fairness_lambda: float = 0.0  # weight of FreeMatch's fairness loss
 
     @classmethod
     def from_args(cls, args: Namespace) -> "Recipe":
         """Take every setting from the flag of the same name, and `policy` from `args.pseudo_type`.
 
-        Raises AttributeError if `args` lacks one. The flags' names are those of the released code.
+        The flags' names are those of the released code, which lacks the last two: they may be missing. Raises
+        AttributeError if `args` lacks another.
         """
-        flag = {"policy": "pseudo_type"}
-        return cls(**{field.name: getattr(args, flag.get(field.name, field.name)) for field in fields(cls)})
+        flag, later = {"policy": "pseudo_type"}, ("pseudo_mixup", "fairness_lambda")
+        names = [field.name for field in fields(cls) if field.name not in later or hasattr(args, field.name)]
+        return cls(**{name: getattr(args, flag.get(name, name)) for name in names})
 
     def is_semi(self, epoch: int) -> bool:
         """Whether this epoch, counted from 0, uses unlabelled images (paper: after a supervised phase)."""
@@ -81,6 +85,7 @@ def objective(
     weights: Tensor | None,
     recipe: Recipe,
     features: tuple[list[Tensor], list[Tensor]] | None = None,
+    fairness: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of one step (Weng et al., ECCV 2022): supervised + lambda * unlabelled (+ consistency).
 
@@ -89,14 +94,16 @@ def objective(
         labels: (B,) int64, or soft labels (B, C) from mixup.
         strong_logits: logits of the strong views, (U, C) per stream; None in the supervised phase, in which
             `targets` and `weights` are ignored.
-        targets, weights: pseudo labels, (U,) int64 and (U,) float, shared by all streams.
+        targets, weights: pseudo labels, (U,) int64 and (U,) float, shared by all streams; targets of pseudo mixup are
+            (U, C).
         recipe: the settings.
         features: (weak, strong), each (U, D) per stream, if the epoch has the consistency loss.
+        fairness: FreeMatch's loss, 0-d, the mean over the streams, if it is on.
 
     Returns:
         The loss (0-d, nats), and a dict of those of its parts that apply, detached: for two streams `loss_0`,
         `loss_1`, `loss_0_u` and `loss_1_u` (CNN and transformer, halved, without ratios and lambda), for one stream
-        `loss_u`; then `loss_consistency` (without its lambda) and `loss`.
+        `loss_u`; then `loss_consistency` and `loss_fairness` (without their lambdas) and `loss`.
 
     Raises:
         ValueError: there are not one or two streams, the lists differ in length, or a consistency setting is unknown.
@@ -132,6 +139,10 @@ def objective(
     if features is not None:
         parts["loss_consistency"] = consistency(*features, recipe)
         total = total + recipe.consistency_lambda * parts["loss_consistency"]
+
+    if fairness is not None:
+        parts["loss_fairness"] = fairness
+        total = total + recipe.fairness_lambda * fairness
 
     parts["loss"] = total
     return total, {name: loss.detach() for name, loss in parts.items()}

@@ -13,12 +13,13 @@ import sys
 import torch
 from PIL import Image
 
+import confidence
 import utils
 from datasets import DATA_SETS
 from images.transforms import train_view
 from losses import Recipe
-from models import check_name, has_two_streams
-from pseudo_labels import POLICIES
+from models import check_hosted, check_name, has_two_streams
+from pseudo_labels import POLICIES, policy_of
 from utils import NOT_GIVEN, print_main
 
 
@@ -97,6 +98,7 @@ def get_args_parser():
         _network_flags,
         _data_flags,
         _semi_flags,
+        _confidence_flags,
         _consistency_flags,
         _augmentation_flags,
         _mixup_flags,
@@ -314,6 +316,49 @@ def _semi_flags(parser):
     )
 
 
+def _confidence_flags(parser):
+    add = _group(parser, "teacher, confidence and mixing of the pseudo labels (after the paper)")
+    add(
+        "--teacher",
+        default="student",
+        choices=["student", "ema"],
+        help="who labels the weak views: the network itself (published) or the EMA of its weights",
+    )
+    add(
+        "--confidence",
+        default="fixed",
+        choices=list(confidence.RULES),
+        help="when a pseudo label counts: fixed (published), --threshold; flex, FlexMatch; free, FreeMatch, which "
+        "needs no --threshold; soft, SoftMatch, a weight instead; ada, AdaMatch, relative to the labelled images",
+    )
+    add(
+        "--align",
+        default="none",
+        choices=["none", *confidence.TARGETS],
+        help="distribution alignment of the pseudo labels, before --confidence: to equal shares, to the class shares "
+        "of the labelled set, or to the mean prediction on labelled images",
+    )
+    add(
+        "--confidence-momentum",
+        type=float,
+        default=0.999,
+        metavar="M",
+        help="share of the old value that the averages of --confidence and --align keep in a step",
+    )
+    add(
+        "--fairness-lambda",
+        type=float,
+        default=0.0,
+        metavar="L",
+        help="weight of FreeMatch's fairness loss, with --confidence free; published: 0.01; 0: off",
+    )
+    add(
+        "--pseudo-mixup",
+        action="store_true",
+        help="mix the strong views with each other by the probabilities of their pseudo labels (Semi-ViT)",
+    )
+
+
 def _consistency_flags(parser):
     add = _group(parser, "feature consistency of the weak and the strong view")
     add("--dual-consistency", action="store_true", help="add the consistency loss, summed over streams and anchors")
@@ -371,6 +416,12 @@ def _augmentation_flags(parser):
         dest="repeated_aug",
         help="each labelled image once a pass; the default shown is that of --repeated-aug",
     )
+    add(
+        "--labelled-view",
+        choices=["strong", "weak"],
+        default=None,
+        help="view of the labelled images; None: the data set's own, weak for CIFAR and FASHION, strong for the others",
+    )
     add("--hflip", type=float, default=0.5, metavar="P", help="probability of a horizontal flip in every training view")
     add(
         "--scale",
@@ -424,6 +475,14 @@ def _optimizer_flags(parser):
     )
     add("--momentum", type=float, default=0.9, metavar="M", help="momentum of SGD and its kin")
     add("--weight-decay", type=float, default=0.05, help="weight decay; biases and 1-d parameters have none")
+    add(
+        "--layer-decay",
+        type=float,
+        default=1.0,
+        metavar="FACTOR",
+        help="factor of the learning rate from each layer to the one before it, above 0 and at most 1; the head, and "
+        "the norm before it, have the whole rate; 1: all layers have the same",
+    )
 
 
 def _schedule_flags(parser):
@@ -434,6 +493,12 @@ def _schedule_flags(parser):
         type=str,
         metavar="SCHEDULER",
         help="schedule, stepped once an epoch: cosine, tanh, step, poly or plateau (of top-1)",
+    )
+    add(
+        "--sched-on-updates",
+        action="store_true",
+        help="set the rate of --sched cosine before every optimizer step, by the share of the epoch that is done, "
+        "instead of once an epoch",
     )
     add("--lr", type=float, default=5e-4, metavar="LR", help="peak learning rate, absolute: not scaled by the batch")
     add("--warmup-lr", type=float, default=1e-6, metavar="LR", help="learning rate at which the warm-up starts")
@@ -500,10 +565,16 @@ def _checkpoint_flags(parser):
         help="start a new run in an --output_dir that holds another, whose files are moved into a folder below it",
     )
     add(
+        "--pretrained",
+        action="store_true",
+        help="start from the weights that timm hosts for --model, which are downloaded once; a head of another "
+        "number of classes is left out",
+    )
+    add(
         "--finetune",
         default="",
-        help="checkpoint whose weights to start from, a path or an https URL; a head of another shape is left "
-        "out, a position embedding resized; empty: none",
+        help="checkpoint or encoder without a head (DINO, MAE) whose weights to start from, a path or an https URL; a "
+        "head of another shape is left out, a position embedding resized; empty: none",
     )
     for name, what in (
         ("dino", "the transformer stream's weights from a bare ViT state dict"),
@@ -683,6 +754,7 @@ _LIMITS = {
             "--num_workers",
             "--semi-lambda",
             "--consistency-lambda",
+            "--fairness-lambda",
             "--mask-cnn-ratio",
             "--mask-transformer-ratio",
             "--mask-cnn-ratio-u",
@@ -700,7 +772,15 @@ _LIMITS = {
     "must be above 0": (lambda x: x is None or x > 0, ("--temperature", "--infonce-T", "--clip-grad")),
     "must be from 0 to 1": (
         lambda x: 0 <= x <= 1,
-        ("--threshold", "--reprob", "--hflip", "--mixup-prob", "--mixup-switch-prob", "--model-ema-decay"),
+        (
+            "--threshold",
+            "--reprob",
+            "--hflip",
+            "--mixup-prob",
+            "--mixup-switch-prob",
+            "--model-ema-decay",
+            "--confidence-momentum",
+        ),
     ),
     "must be 0 or more and below 1": (lambda x: 0 <= x < 1, ("--smoothing", "--drop", "--drop-path")),
     "must be a share from 0 to below 1 or a whole number": (
@@ -709,7 +789,9 @@ _LIMITS = {
     ),
     # What torch's generators take, less what the samplers add to it for later epochs.
     "must be from -2**63 to 2**63 - 1": (lambda x: -(2**63) <= x < 2**63, ("--seed",)),
-    "must be above 0 and at most 1": (lambda x: 0 < x <= 1, ("--select-ratio",)),
+    "must be above 0 and at most 1": (lambda x: 0 < x <= 1, ("--select-ratio", "--layer-decay")),
+    "must be at most 1000000": (lambda x: x <= 10**6, ("--epochs", "--steps-per-epoch", "--batch-size")),
+    "must be at most 10000": (lambda x: x <= 10**4, ("--input-size",)),
     f"must be one of {', '.join(_SCHEDULES)}": (lambda x: x in _SCHEDULES, ("--sched",)),
     "must be batch, pair or elem": (lambda x: x in ("batch", "pair", "elem"), ("--mixup-mode",)),
     "must be one share or two": (lambda x: x is None or len(x) <= 2, ("--lr-noise",)),
@@ -735,8 +817,12 @@ def check(args):
     if not args.eval:
         _check_shares(args)
         _check_mixup(args)
+        _check_confidence(args)
         _check_streams(args)
         _check_policy(args)
+        _check_schedule(args)
+        if args.pretrained:
+            check_hosted(args.model)
 
 
 def check_folder(flag, folder):
@@ -764,6 +850,50 @@ def _check_shares(args):
         )
 
 
+def _check_confidence(args):
+    both_streams = len(policy_of(args.pseudo_type, 2).distributions) == 2
+    for wrong, why in (
+        (
+            args.pseudo_mixup and args.confidence != "fixed",
+            f"--pseudo-mixup weighs the mixed images by --threshold, so --confidence {args.confidence} must be fixed",
+        ),
+        (
+            args.pseudo_mixup and args.align == "labelled",
+            "--pseudo-mixup labels before the network has seen the labelled images, so --align labelled has nothing "
+            "to follow: choose another",
+        ),
+        (
+            args.pseudo_mixup and both_streams,
+            f"--pseudo-mixup needs one probability an image, and --pseudo-type {args.pseudo_type} has two: use cnn, "
+            "transformer, fuse or softmax_fuse",
+        ),
+        (
+            args.pseudo_mixup and args.dual_consistency,
+            "--pseudo-mixup mixes the strong views, so --dual-consistency cannot compare them with the weak ones: "
+            "leave one of them out",
+        ),
+        (
+            args.confidence == "soft" and both_streams,
+            f"--confidence soft has no confident stream for --pseudo-type {args.pseudo_type} to ask: use cnn, "
+            "transformer, fuse or softmax_fuse",
+        ),
+        (
+            args.fairness_lambda > 0 and args.confidence != "free",
+            f"--fairness-lambda needs the averages of --confidence free, not of {args.confidence}",
+        ),
+        (
+            args.teacher == "ema" and not args.model_ema,
+            "--teacher ema needs the average that --no-model-ema leaves out: keep one of them",
+        ),
+        (
+            args.teacher == "ema" and args.model_ema_force_cpu,
+            "--teacher ema runs the average in every step, and --model-ema-force-cpu keeps it off the device: keep one",
+        ),
+    ):
+        if wrong:
+            raise ValueError(why)
+
+
 def _check_mixup(args):
     if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
         return
@@ -785,6 +915,15 @@ def _check_streams(args):
             f"--pseudo-type {args.pseudo_type} chooses between the streams of a two-stream network, and "
             f"{args.model} has one: leave it out"
         )
+
+
+def _check_schedule(args):
+    if not args.sched_on_updates:
+        return
+    if args.sched != "cosine":
+        raise ValueError(f"--sched-on-updates is for --sched cosine: leave it out with --sched {args.sched}")
+    if args.lr_noise is not None:
+        raise ValueError("--lr-noise changes the rate once an epoch: leave out either it or --sched-on-updates")
 
 
 def _check_policy(args):

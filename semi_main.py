@@ -24,8 +24,10 @@ from datasets import build_training_sets, build_validation_set
 from engine import evaluate, train_one_epoch
 from images.loading import evaluation_loader, read_batches, to_device, training_loader
 from losses import Recipe
-from models import build_model, enable_grad_checkpointing, fold_batchnorm
+from models import build_model, enable_grad_checkpointing, fold_batchnorm, has_two_streams
+from models.pretrained import hosted_weights
 from options import get_args_parser
+from pseudo_labels import PseudoLabeller
 from samplers import training_order
 from training import checkpoint, output_folder, report, tensorboard_log, validation
 from training.checkpoint import TrainState
@@ -163,6 +165,8 @@ class Run:
         self.state = TrainState(
             model, optimizer, scheduler, scaler, _average(args, model), classes=classes, bad_images=bad_images
         )
+        if self.unlabelled is not None:
+            self.state.labeller = self._labeller()
         # Both orders are built before the first step, so that a set that is too small is found now and not in epoch 30.
         self.labelled_order, self.unlabelled_order = (
             images and training_order(len(images), self.world, self.rank, args.seed, args.repeated_aug)
@@ -174,6 +178,25 @@ class Run:
         if args.compile:
             model.compile()  # in place, after the EMA was copied: the EMA and evaluation copies stay uncompiled
 
+    def _labeller(self):
+        """What turns the logits of weak views into pseudo labels, with all that it learns on the way."""
+        args, classes = self.args, len(self.labelled.samples.classes)
+        counts = torch.bincount(torch.as_tensor(self.labelled.targets[self.labelled.indices]), minlength=classes)
+        self.labelled_counts = counts
+        labeller = PseudoLabeller(
+            args.pseudo_type,
+            args.threshold,
+            args.temperature,
+            streams=1 + has_two_streams(args.model),
+            num_classes=classes,
+            rule=args.confidence,
+            align=args.align,
+            momentum=args.confidence_momentum,
+            shares=counts / counts.sum() if args.align == "shares" else None,
+            images=self.unlabelled.indices if args.confidence == "flex" else None,
+        )
+        return labeller.to(self.device)
+
     def _training_sets(self):
         sets = {"labelled": self.labelled, "unlabelled": self.unlabelled}
         return {name: images for name, images in sets.items() if images is not None}
@@ -182,7 +205,8 @@ class Run:
         # Where a run begins. The first of these that applies wins, and nothing after it is read:
         # 1. --resume auto: the newest complete checkpoint of --output_dir, where it holds one;
         # 2. --resume FILE or URL: that checkpoint, or only its weights if it has no more;
-        # 3. --finetune, then the --*-load flags as ordered in initial_weights.LOADERS: weights alone, at --start_epoch;
+        # 3. --pretrained, --finetune, then the --*-load flags as ordered in initial_weights.LOADERS: weights alone, at
+        #    --start_epoch;
         # 4. from scratch: weights drawn from --seed, at --start_epoch.
         args, state = self.args, self.state
         self.resumed, self.changed = output_folder.resume_file(args.resume, args.output_dir), {}
@@ -191,7 +215,9 @@ class Run:
         if self.resumed:
             self._resume(checkpoint.read(self.resumed))
         else:
-            load_initial_weights(args, state.model)
+            # Rank 0 downloads them and the others receive them, so that all have them or stop with its sentence.
+            hosted = utils.on_main(hosted_weights, args.model, args.input_size) if args.pretrained else None
+            load_initial_weights(args, state.model, hosted)
             if state.ema is not None:
                 state.ema.set(state.model)
         if args.start_epoch and state.epoch < 0:
@@ -247,7 +273,14 @@ class Run:
                 + (f", {args.accum_iter} an update" if args.accum_iter > 1 else "")
             )
         shown = sorted({0, 1, 2, args.warmup_epochs + 1, args.epochs // 2, args.epochs - 1} & set(range(args.epochs)))
-        print_main("learning rate: " + ", ".join(f"{rates[e]:.3g} in epoch {e}" for e in shown))
+        if args.confidence == "flex" and self.unlabelled is not None:
+            size = len(self.state.labeller.rules) * 4 * len(self.unlabelled) / 2**20
+            print_main(f"--confidence flex keeps the last sure class of every unlabelled image: {size:,.1f} MB")
+        when = "at the start of" if args.sched_on_updates else "in"
+        print_main("learning rate: " + ", ".join(f"{rates[e]:.3g} {when} epoch {e}" for e in shown))
+        if args.layer_decay < 1:
+            scales = sorted({group["lr_scale"] for group in self.state.optimizer.param_groups})
+            print_main(f"layer decay {args.layer_decay:g}: {len(scales)} layers, {scales[0]:.3g} to 1 of that rate")
         if not args.output_dir:
             print_main("No --output_dir: nothing of this run is saved.")
         self.output.write_run_json(
@@ -291,7 +324,7 @@ class Run:
             # Wrapped anew in every epoch, as it is after a resume: DDP regroups the gradients after its first step, and
             # the groups decide in which order those of more than two ranks are summed, which changes the rounding.
             _distributed(self.state.model, self.device),
-            self.state.model,
+            self.state.ema.module if args.teacher == "ema" else self.state.model,
             batches(self.labelled, self.labelled_order, labelled_batch, 0),
             batches(self.unlabelled, self.unlabelled_order, unlabelled_batch, 1) if semi else None,
             self.recipe,
@@ -307,9 +340,22 @@ class Run:
         if unreadable:
             print_main(f"Unreadable images in this epoch: {unreadable}.")
         self.state.epoch = epoch
+        meters |= self._concentration() if semi else {}
         # Every rank gets rank 0's running statistics, so that the logged figures are those of the checkpoint.
         utils.broadcast_buffers(self.state.model, *([self.state.ema.module] if self.state.ema is not None else []))
         self.state.pending = meters | {"bad_images": unreadable}
+
+    def _concentration(self):
+        """The labeller's figures of the epoch's classes; prints a warning where they have collapsed into one."""
+        figures, counts = self.state.labeller.concentration(), self.labelled_counts
+        if (figures.get("pseudo_largest") or 0) > 0.5 and len(counts) > 2 and counts.max() <= 2 * counts.min():
+            print_main(
+                f"Warning: {figures['pseudo_largest']:.0%} of the pseudo labels that count are of one class, although "
+                "the labelled set is balanced: they may be collapsing. Raise --threshold, or see --align."
+            )
+        if self.tensorboard:
+            self.tensorboard.add("train", self.first_step(self.state.epoch + 1) - 1, figures)
+        return figures
 
     def is_measured(self, epoch):
         """Whether the epoch ends with an evaluation and a line in log.txt."""

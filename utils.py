@@ -444,11 +444,12 @@ def trim_json_lines(path, epoch):
 
 
 def _epoch_of(line):
-    """The epoch of a log line; infinity for an incomplete one."""
+    """The epoch of a log line; infinity for one that is incomplete or no record of an epoch."""
     try:
-        return json.loads(line)["epoch"] if line.endswith("\n") else math.inf
-    except (ValueError, LookupError, TypeError):
+        epoch = json.loads(line)["epoch"] if line.endswith("\n") else None
+    except (ValueError, LookupError, TypeError, RecursionError):
         return math.inf
+    return epoch if type(epoch) is int else math.inf
 
 
 def write_json(path, record):

@@ -17,10 +17,25 @@ def has_two_streams(name):
 
 
 def check_name(name):
-    """Raise ValueError, suggesting similar names, where neither we nor timm have a network of this name."""
+    """Raise ValueError, suggesting similar names, where neither we nor timm have a network of this name.
+
+    A name of timm may end in a dot and the tag of its hosted weights, which must be one of that network.
+    """
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise ValueError(f"Unknown --model {name!r}" + (f": did you mean {', '.join(close)}?" if close else "."))
+    try:
+        timm.models.get_pretrained_cfg(name, allow_unregistered=True)
+    except RuntimeError as error:
+        raise ValueError(f"Unknown --model {name!r}: {error}") from error
+
+
+def check_hosted(name):
+    """Raise ValueError where timm hosts no weights for the network of this name."""
+    check_name(name)
+    cfg = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
+    if cfg is None or not cfg.has_weights:
+        raise ValueError(f"--pretrained: no weights are hosted for {name}: leave it out, or name a file by --finetune.")
 
 
 def build_model(

@@ -1,5 +1,7 @@
 """Single-stream networks with the interface of the two-stream ones: a list of logits, here of one tensor."""
 
+import math
+
 import timm
 from timm.models import generate_default_cfgs
 from timm.models.vision_transformer import VisionTransformer
@@ -24,9 +26,23 @@ class SingleStream:
         return {"output": logits, "feat": [self.forward_head(features, pre_logits=True)]}
 
 
+class FinalNormApart:
+    """Mix-in for timm networks that group their parameters into layers: the final norm follows the last block."""
+
+    def group_matcher(self, coarse=False):
+        """timm's layers, as patterns or a function. ours: the final norm belongs to the head's, not to a block's."""
+        groups = super().group_matcher(coarse)
+        if callable(groups):
+            return lambda name: math.inf if name.startswith("norm.") else groups(name)
+        listed = {name: patterns for name, patterns in groups.items() if isinstance(patterns, list | tuple)}
+        # What no pattern matches is in the last layer.
+        return groups | {name: [each for each in listed[name] if each[0].lstrip("^") != "norm"] for name in listed}
+
+
 def single_stream(model):
     """Give a timm classifier the interface of `SingleStream` in place, by replacing its class with a subclass of it."""
-    model.__class__ = type(type(model).__name__, (SingleStream, type(model)), {})
+    mixins = (SingleStream, FinalNormApart) if hasattr(model, "group_matcher") else (SingleStream,)
+    model.__class__ = type(type(model).__name__, (*mixins, type(model)), {})
     return model
 
 
@@ -70,6 +86,10 @@ class ConvStream(nn.Module):
         """Names of parameters that AdamW must not decay, in addition to biases and 1-d parameters: none."""
         return set()
 
+    def group_matcher(self, coarse=False):
+        """Patterns of the layers, for timm's layer decay: the stem, each block, the head."""
+        return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)"}
+
     def set_grad_checkpointing(self, enable=True):
         """Enable or disable gradient checkpointing: backward recomputes each block from its input."""
         self.grad_checkpointing = enable
@@ -98,6 +118,10 @@ class MyResNet(nn.Module):
         super().__init__()
         self.model = single_stream(timm.create_model(layout, **kwargs))
         self.num_classes, self.num_features = self.model.num_classes, self.model.num_features
+
+    def group_matcher(self, coarse=False):
+        """Patterns of the layers, for timm's layer decay, as timm's ResNet has them."""
+        return {"stem": r"^model\.(?:conv1|bn1)", "blocks": r"^model\.layer(\d+)\.(\d+)"}
 
     def set_grad_checkpointing(self, enable=True):
         """Enable or disable gradient checkpointing, as timm's ResNet does it."""
@@ -136,6 +160,7 @@ default_cfgs = generate_default_cfgs(
         **dict.fromkeys(("myresnet50", "myresnet101", "myresnet152"), RESNET_CFG),
         "conv_micro": {"first_conv": "stem.0", "classifier": "head"},
         **dict.fromkeys(("deit_med_patch16_224", "deit_micro_patch16_224"), DEIT_CFG),
+        **dict.fromkeys(("vit_base_patch16_clsgap_224", "vit_large_patch16_clsgap_224"), DEIT_CFG),
     }
 )
 
@@ -163,6 +188,16 @@ def deit_med_patch16_224():
 @registered(VisionTransformer, patch_size=16, embed_dim=192, depth=4, num_heads=3)
 def deit_micro_patch16_224():
     """Ours, for the study on two CPU cores: DeiT-tiny with four blocks."""
+
+
+@registered(VisionTransformer, patch_size=16, embed_dim=768, depth=12, num_heads=12, global_pool="avg")
+def vit_base_patch16_clsgap_224():
+    """timm's vit_base_patch16_224 with the mean of the patch tokens for the head, as MAE and Semi-ViT train it."""
+
+
+@registered(VisionTransformer, patch_size=16, embed_dim=1024, depth=24, num_heads=16, global_pool="avg")
+def vit_large_patch16_clsgap_224():
+    """timm's vit_large_patch16_224 with the mean of the patch tokens for the head."""
 
 
 @registered(ConvStream, width=172)

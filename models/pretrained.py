@@ -9,8 +9,9 @@ import timm
 
 from datasets import evaluation_view, fixmatch_colours
 from images.transforms import IMAGENET
-from models import NAMES, build_model, check_name  # noqa: F401  (NAMES: re-exported)
+from models import NAMES, build_model, check_hosted, check_name  # noqa: F401  (NAMES: re-exported)
 from training import checkpoint
+from utils import preserved_cpu_generators
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,29 @@ def _description(data_set, size, num_classes, classes):
     whole = {"crop_pct": 1.0, "crop_mode": "squash"} if colours or size <= 32 else {"crop_pct": 0.875}
     names = {"label_names": tuple(classes)} if classes else {}
     return {"input_size": (3, size, size), "mean": mean, "std": std, "num_classes": num_classes, **whole, **names}
+
+
+def hosted_weights(name, input_size=224):
+    """Return the weights that timm hosts for a network, a state dict with the classes that they were trained on.
+
+    They come from the cache of huggingface_hub or torch.hub, or are downloaded into it. Position embeddings are resized
+    to the input size, as timm does it.
+    Raises ValueError for a network without hosted weights; OSError where they can be had from neither.
+    """
+    from safetensors import SafetensorError  # a package that timm requires
+
+    check_hosted(name)
+    classes = timm.models.get_pretrained_cfg(name).num_classes
+    try:
+        with preserved_cpu_generators():
+            # With their own number of classes, because with another one timm loads what fits and passes over the rest.
+            return build_model(name, classes, input_size, pretrained=True).state_dict()
+    except (OSError, SafetensorError, *checkpoint.DAMAGE) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OSError(
+            f"--pretrained: the weights that timm hosts for {name} can be had neither from its cache nor from the "
+            f"network ({reason}): start once where there is a network, or name a file by --finetune."
+        ) from error
 
 
 def add_flags(parser):

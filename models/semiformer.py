@@ -132,6 +132,13 @@ class Semiformer(nn.Module):
         """Names of parameters that AdamW must not decay, in addition to biases and 1-d parameters."""
         return {"cls_token"}  # released code: the position embedding of the PE variant is decayed.
 
+    def group_matcher(self, coarse=False):
+        """Patterns of the layers, for timm's layer decay: the stems, stage i of both streams, norm and heads."""
+        return {
+            "stem": r"^(?:cls_token|pos_embed|conv1|bn1|convmix1_embed|trans_patch_conv)",
+            "stages": r"^(?:conv|trans|conv_trans)_(\d+)\.",
+        }
+
     def set_grad_checkpointing(self, enable=True):
         """Enable or disable gradient checkpointing: backward recomputes each stage from its inputs."""
         self.grad_checkpointing = enable

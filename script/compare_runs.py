@@ -29,7 +29,8 @@ COLUMNS = {
     "train_pseudo_acc": "pseudo-label acc. %",
     "train_mask_rate": "mask rate %",
 }
-SHARES = ("train_pseudo_acc", "train_mask_rate", "train_agreement")  # logged as 0..1, shown in percent
+SHARES = ("train_pseudo_acc", "train_pseudo_recall", "train_pseudo_largest", "train_mask_rate",
+          "train_agreement")  # logged as 0..1, shown in percent  # fmt: skip
 MISSING = "-"
 
 

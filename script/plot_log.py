@@ -38,7 +38,10 @@ PANELS = (  # title, label of the y axis, {meter: a key of STYLES}
     ("top-1, transformer stream", "% of validation images", {"test_acc1_head2": TRANSFORMER}),
     ("top-1, sum of streams", "% of validation images", {"test_acc1": NETWORK}),
     ("mask rate", "% of unlabelled images", {"train_mask_rate": NETWORK}),
-    ("pseudo-label accuracy", "% of pseudo labels", {"train_pseudo_acc": NETWORK}),
+    ("pseudo-label accuracy (precision)", "% of pseudo labels", {"train_pseudo_acc": NETWORK}),
+    ("pseudo-label recall", "% of unlabelled images", {"train_pseudo_recall": NETWORK}),
+    ("most frequent pseudo label", "% of pseudo labels", {"train_pseudo_largest": NETWORK}),
+    ("threshold, or mean weight", "0 to 1", {"train_threshold": NETWORK, "train_mean_weight": NETWORK}),
     ("learning rate", "per optimizer step", {"train_lr": NETWORK}),
 )
 EMPTY = "not in these logs"
@@ -74,9 +77,9 @@ def draw(runs):
     names = [printable(name, kept="") for name in short_names([run.folder for run in runs])]
     columns = 2 if max(map(len, names)) > 24 else 4
     with matplotlib.rc_context({"font.size": 8, "axes.titlesize": 8.5, "lines.linewidth": 1.1}):
-        height = 6.6 + 0.17 * -(-len(runs) // columns)
+        height = 8.6 + 0.17 * -(-len(runs) // columns)
         figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
-        axes = list(figure.subplots(3, 3, sharex=True).flat)
+        axes = list(figure.subplots(4, 3, sharex=True).flat)
         axes[0].xaxis.set_major_locator(MaxNLocator(5, integer=True))
         for axis in axes[4:6]:
             axis.sharey(axes[3])  # the three top-1 panels

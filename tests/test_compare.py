@@ -289,7 +289,8 @@ def test_plot_log_refuses_more_runs_than_colours(tmp_path):
 
 # -------------------------------------------------------------------------------- the picture
 
-TOTAL, LABELLED, UNLABELLED, CNN, TRANSFORMER, SUM, MASK, ACCURACY, RATE = range(9)
+TOTAL, LABELLED, UNLABELLED, CNN, TRANSFORMER, SUM, MASK, ACCURACY, RECALL, LARGEST, LEVEL, RATE = range(12)
+LATER = {RECALL, LARGEST, LEVEL}
 BLUE, ORANGE = "#0072B2", "#D55E00"
 
 
@@ -313,8 +314,9 @@ def supervised_and_semi(tmp_path):
              **record(0, 20, 22, 18, 10)},
             {"train_lr": 5e-4, "train_loss": 1.5, "train_loss_0": 0.7, "train_loss_1": 0.8,
              **record(2, 40, 42, 38, 30)}]  # fmt: skip
-    names = ("train_loss_0_u", "train_loss_1_u", "train_mask_rate", "train_pseudo_acc")
-    more = [dict(zip(names, values)) for values in ((0.0, 0.1, 0.0, None), (0.3, 0.4, 0.25, 0.9))]
+    names = ("train_loss_0_u", "train_loss_1_u", "train_mask_rate", "train_pseudo_acc", "train_pseudo_recall")
+    names += ("train_threshold",)
+    more = [dict(zip(names, values)) for values in ((0.0, 0.1, 0.0, None, 0.05, 0.1), (0.3, 0.4, 0.25, 0.9, 0.2, 0.5))]
     semi = [old | new for old, new in zip(base, more)]
     runs = [make_run(tmp_path / "seed0" / name, log, epochs=3) for name, log in (("supervised", base), ("semi", semi))]
     return [str(run) for run in runs]
@@ -332,7 +334,8 @@ def test_supervised_and_semi_overlaid(supervised_and_semi):
     assert panels[UNLABELLED] == [(ORANGE, "--", [0, 2], [0.0, 0.3]), (ORANGE, ":", [0, 2], [0.1, 0.4])]
     assert panels[MASK] == [(ORANGE, "-", [0, 2], [0, 25])]
     assert panels[ACCURACY] == [(ORANGE, "-", [2], [90])]  # null in epoch 0: no point, not zero
-    assert not any(texts(figure))
+    assert panels[RECALL] == [(ORANGE, "-", [0, 2], [5, 20])] and panels[LEVEL] == [(ORANGE, "-", [0, 2], [0.1, 0.5])]
+    assert texts(figure) == [["not in these logs"] if i in {LARGEST} else [] for i in range(12)]
     assert all(axis.get_xlabel() == "epoch" and axis.get_ylabel() and axis.get_title() for axis in figure.axes)
     named = [[text.get_text() for text in legend.get_texts()] for legend in figure.legends]
     assert named == [list(plot_log.STYLES), ["supervised", "semi"]]
@@ -342,8 +345,8 @@ def test_supervised_and_semi_overlaid(supervised_and_semi):
 
 def test_supervised_alone_says_what_is_not_there(supervised_and_semi):
     figure = plot_log.draw(compare_runs.read_runs(supervised_and_semi[:1]))
-    empty = {UNLABELLED, MASK, ACCURACY}
-    assert texts(figure) == [["not in these logs"] if i in empty else [] for i in range(9)]
+    empty = {UNLABELLED, MASK, ACCURACY} | LATER
+    assert texts(figure) == [["not in these logs"] if i in empty else [] for i in range(12)]
 
 
 def test_single_stream_draws_what_it_has(tmp_path):
@@ -352,8 +355,8 @@ def test_single_stream_draws_what_it_has(tmp_path):
     panels = drawn(figure)
     for panel, values in {TOTAL: [3, 2], UNLABELLED: [0, 1], SUM: [0, 10], RATE: [0.1, 0.1]}.items():
         assert panels[panel] == [(BLUE, "-", [0, 1], values)]
-    empty = {LABELLED, CNN, TRANSFORMER, MASK, ACCURACY}
-    assert texts(figure) == [["not in these logs"] if i in empty else [] for i in range(9)]
+    empty = {LABELLED, CNN, TRANSFORMER, MASK, ACCURACY} | LATER
+    assert texts(figure) == [["not in these logs"] if i in empty else [] for i in range(12)]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["whole network"]
 
 

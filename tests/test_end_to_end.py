@@ -72,7 +72,8 @@ def test_two_ranks_train_two_epochs_and_leave_what_a_user_needs(two_ranks):
         "train_loss_1_u",
         "n_parameters",
     }
-    diagnostics = {"train_mask_rate", "train_pseudo_acc", "train_agreement"}
+    diagnostics = {"train_mask_rate", "train_pseudo_acc", "train_pseudo_recall", "train_agreement"}
+    diagnostics |= {"train_pseudo_entropy", "train_pseudo_largest"}
     tests = {
         f"test_{p}{m}"
         for p in ("", "ema_")

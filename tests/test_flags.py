@@ -8,6 +8,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ import semi_main
 import utils
 from images.decoding import UnreadableImage
 from losses import Recipe, consistency, objective
+from models import build_model
 from pseudo_labels import select_targets
 from tests.trees import make_cifar, make_fashion, make_inat, make_places, make_semi_inat, parse
 from training import checkpoint, optimization
@@ -216,9 +218,9 @@ def refusal(call):
 labelled_images = refusal(lambda args: len(started(args).labelled))
 
 
-def sevens(name, **settings):
+def sevens(name, num_classes=2, **settings):
     """A state dict of the network in which every number is 7."""
-    weights = timm.create_model(name, num_classes=2, **settings).state_dict()
+    weights = timm.create_model(name, num_classes=num_classes, **settings).state_dict()
     return {key: torch.full_like(value, 7) for key, value in weights.items()}
 
 
@@ -228,6 +230,12 @@ def from_file(args):
     if isinstance(words, str):
         return re.sub(r"\S+\.pth", "FILE", words)
     return sum(bool((value == 7).all()) for value in words.state.model.state_dict().values())
+
+
+def from_hub(args):
+    """The same, where timm hosts sevens of 1,000 classes."""
+    with patch("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: sevens("resnet10t", 1000)):
+        return from_file(args)
 
 
 class Toy(nn.Module):
@@ -248,6 +256,13 @@ def optimizer(figure):
 
 def decays(optimizer):
     return sorted((group["weight_decay"], len(group["params"])) for group in optimizer.param_groups)
+
+
+def layers(args):
+    """The scales of the learning rates in a network of two blocks, the highest three."""
+    model = build_model(args.model, 2, args.input_size, depth=2)
+    groups = optimization.build_optimizer(args, model).param_groups
+    return sorted({group.get("lr_scale", "none") for group in groups})[-3:]
 
 
 def rates(args):
@@ -351,6 +366,37 @@ def pseudo_labels(args):
     conv, trans = torch.tensor([[0.8, 0.2], [0.8, 0.2]]).log(), torch.tensor([[0.2, 0.8], [0.05, 0.95]]).log()
     targets, weights = select_targets(conv, trans, recipe.policy, recipe.threshold, recipe.temperature)
     return targets.tolist(), weights.tolist()
+
+
+def labeller(figure):
+    """A figure of what makes the pseudo labels."""
+    return lambda args: figure(started(args).state.labeller)
+
+
+def teacher_is_the_average(args):
+    """Whether the average of the weights labels the weak views."""
+    run, seen = started(args), []
+    with redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            semi_main, "train_one_epoch", lambda state, student, teacher, *_, **__: seen.append(teacher) or {}
+        )
+        patch.setattr(run, "_concentration", dict)
+        run.train_epoch(0)
+    return seen[0] is run.state.ema.module
+
+
+def fairness_of(args):
+    """What a fairness loss of 2 adds to the objective."""
+    logits, recipe = [torch.zeros(2, 2)], started(args).recipe
+    given = [logits, torch.tensor([0, 1]), logits, torch.tensor([0, 1]), torch.ones(2), recipe, None]
+    return round((objective(*given, torch.tensor(2.0))[0] - objective(*given)[0]).item(), 6)
+
+
+def labelled_view(args):
+    """Which of the unlabelled images' views the labelled images have."""
+    run = started(args)
+    kinds = dict(zip(map(repr, run.unlabelled.transforms), ("strong", "weak")))
+    return kinds[repr(run.labelled.transforms[0])]
 
 
 def augmented_image(args):
@@ -667,6 +713,19 @@ FLAGS = {
         (([1, 1], [1.0, 1.0]), ([1, 1], [0.0, 1.0])),
         "--pseudo-type transformer",
     ),
+    "--teacher": Row("step", "student", "ema", teacher_is_the_average, (False, True), TINY),
+    "--confidence": Row("pseudo label", "fixed", "free", labeller(lambda x: x.rule), ("fixed", "free"), TINY),
+    "--align": Row("pseudo label", "none", "shares", labeller(lambda x: len(x.alignments)), (0, 1), TINY),
+    "--confidence-momentum": Row(
+        "pseudo label",
+        "0.999",
+        "0.9",
+        labeller(lambda x: x.rules[0].momentum),
+        (0.999, 0.9),
+        TINY + " --confidence soft",
+    ),
+    "--fairness-lambda": Row("loss part", "0", "0.01", fairness_of, (0, 0.02), TINY + " --confidence free"),
+    "--pseudo-mixup": Row("mixing", None, "", lambda args: started(args).recipe.pseudo_mixup, (False, True), TINY),
     "--semi-lambda": Row("loss part", "10", "4", objective_of, (33, 15), "--smoothing 0"),
     "--unlabel-smooth": Row("loss part", None, "", objective_of, (32.6517, 29.1688), "--smoothing 0.4"),
     "--mask-cnn-ratio": Row("loss part", "1", "5", objective_of, (33, 37), "--smoothing 0"),
@@ -704,6 +763,7 @@ FLAGS = {
     ),
     "--repeated-aug": Row("order", None, "", triples, (False, True), TINY + " --no-repeated-aug"),
     "--no-repeated-aug": Row("order", None, "", triples, (True, False), TINY),
+    "--labelled-view": Row("transform", "strong", "weak", labelled_view, ("strong", "weak"), TINY),
     "--hflip": Row("transform", "0.5", "0", transform("RandomHorizontalFlip", lambda t: t.p), (0.5, None)),
     "--scale": Row(
         "transform",
@@ -735,7 +795,11 @@ FLAGS = {
     "--weight-decay": Row(
         "parameter group", "0.05", "0.3", optimizer(decays), ([(0.0, 2), (0.05, 1)], [(0.0, 2), (0.3, 1)])
     ),
+    "--layer-decay": Row("parameter group", "1", "0.5", layers, (["none"], [0.25, 0.5, 1]), DEIT + " --input-size 32"),
     # schedule
+    "--sched-on-updates": Row(
+        "schedule", None, "", rates, ([1, 1, 0.853553, 0.5], [1, 0.853553, 0.5, 0.146447]), NO_WARMUP
+    ),
     "--sched": Row(
         "schedule", "cosine", "step", rates, ([1, 1, 0.853553, 0.5], [1, 1, 1, 0.1]), NO_WARMUP + " --decay-epochs 2"
     ),
@@ -783,6 +847,7 @@ FLAGS = {
     "--tensorboard": Row("file", None, "", lambda args: "tensorboard" in files(args), (False, True), SAVED),
     "--resume": Row("file", [""], "CHECKPOINT", lambda args: started(args).state.epoch, (-1, 0), TINY),
     "--overwrite": Row("error", None, "", in_the_way, ("OUT holds another run", "no error"), SAVED),
+    "--pretrained": Row("network", None, "", from_hub, (0, RESNET - 2), f"{TINY} {TEN}"),
     "--finetune": Row("network", [""], "RESNET", from_file, (0, RESNET), f"{TINY} {TEN}"),
     **start_rows("dino", "VIT", 39, TWO),
     **start_rows("semiformer", "SEMIFORMER", SEMIFORMER - 4, TWO),

@@ -30,7 +30,7 @@ def load(name=NAME, **settings):
 
 def test_every_network_of_ours_is_an_entry_with_help():
     entries = [name for name in dir(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")]
-    assert entries == sorted(NAMES) and len(NAMES) == 16  # as torch.hub.list does
+    assert entries == sorted(NAMES) and len(NAMES) == 18  # as torch.hub.list does
     assert getattr(hubconf, NAME).__doc__.startswith(f"{NAME}: maps images (N, 3, S, S) to")
 
 

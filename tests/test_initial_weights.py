@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from torch.nn import functional as F
 
 import options
 import semi_main
+import utils
 from models import build_model
-from tests.trees import make_tree
+from models.pretrained import hosted_weights
+from tests.trees import ROOT, forked, make_tree, ranks
 from training.initial_weights import initial_weight_files, load_initial_weights
 
 TINY, PE = "Semiformer_tiny_patch16", "Semiformer_PE_small_patch16"
@@ -136,7 +139,7 @@ def test_finetune_refuses_what_does_not_fit(tmp_path):
     weights = noisy(model)
     for content, words in (
         (without(weights, "norm.bias"), ["lacks 1 tensors", "['norm.bias']"]),
-        (without(weights, "head.weight", "head.bias"), ["lacks 2 tensors", "head.weight"]),
+        (without(weights, "head.bias"), ["lacks 1 tensors", "head.bias"]),
         (weights | {"dist_token": torch.zeros(1, 1, 192)}, ["1 others", "['dist_token']"]),
         (weights | {"norm.bias": torch.zeros(7, 1)}, ["norm.bias is (7, 1) there, (192,) here"]),
         (weights | {"pos_embed": torch.zeros(1, 197, 7)}, ["pos_embed is (1, 197, 7) there"]),
@@ -145,6 +148,268 @@ def test_finetune_refuses_what_does_not_fit(tmp_path):
         ({"epoch": 3}, ["holds no state dict"]),
     ):
         refused("--finetune", content, model, tmp_path, words)
+
+
+# -------------------------------------------------------------------------------- encoders without a head
+
+
+def encoder(**settings):
+    """The tensors of a ViT of two blocks without a head."""
+    return without(vit(depth=2, **settings), "head.weight", "head.bias")
+
+
+def prefixed(prefix, weights):
+    return {prefix + key: value for key, value in weights.items()}
+
+
+PROJECTION = {"head.mlp.0.weight": torch.ones(2, 2), "head.last_layer.weight_g": torch.ones(2, 1)}
+DECODER = {
+    "mask_token": torch.ones(1, 1, 8),
+    "decoder_pos_embed": torch.ones(1, 3, 8),
+    "decoder_blocks.0.b": torch.ones(8),
+}
+HEADLESS = {
+    "bare": lambda e: e,
+    "MAE": lambda e: {"model": e},
+    "MAE with its decoder": lambda e: {"model": e | DECODER},
+    "timm": lambda e: {"state_dict": e, "epoch": 3},
+    "timm in DDP": lambda e: {"state_dict": prefixed("module.", e)},
+    "DINO, teacher and student": lambda e: {
+        "student": prefixed("module.backbone.", noisy_like(e)) | prefixed("module.", PROJECTION),
+        "teacher": prefixed("backbone.", e) | PROJECTION,
+    },
+    "DINO, student alone": lambda e: {"student": prefixed("module.backbone.", e) | prefixed("module.", PROJECTION)},
+    "DINOv2": lambda e: e | {"mask_token": torch.ones(1, 192)},
+    "DINOv2, teacher": lambda e: {
+        "teacher": prefixed("backbone.", e)
+        | {f"{head}_{key}": x for head in ("dino", "ibot") for key, x in PROJECTION.items()}
+    },
+    "DINOv2, sharded": lambda e: {
+        "model": prefixed("student.backbone.", noisy_like(e)) | prefixed("teacher.backbone.", e)
+    },
+    "an encoder": lambda e: {"model": prefixed("encoder.", e)},
+}
+
+
+def noisy_like(weights):
+    return {key: torch.randn_like(value) for key, value in weights.items()}
+
+
+@pytest.mark.parametrize("kind", HEADLESS)
+def test_finetune_takes_encoders_without_a_head(tmp_path, kind, capsys):
+    scaled = dict(init_values=1e-5) if "DINOv2" in kind else {}  # blocks.*.ls1.gamma
+    model, weights = network("vit_tiny_patch16_224", depth=2, **scaled), encoder(**scaled)
+    changed = load("--finetune", HEADLESS[kind](weights), model, tmp_path)
+    assert {key for key in changed if not changed[key]} == {"head.weight", "head.bias"}
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in weights.items())
+    said = capsys.readouterr().out
+    assert f"{len(weights)} of {len(weights) + 2} tensors taken; left as they were: head.weight, head.bias" in said
+    assert " has no head: the network's own stays, drawn anew unless an earlier flag has loaded it.\n" in said
+    assert ("not used: " in said) == ("decoder" in kind or "DINO" in kind)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "deit_tiny_distilled_patch16_224", TINY, "conv_micro"])
+def test_finetune_takes_every_network_that_was_saved_without_classes(tmp_path, name):
+    """Of ConvNeXt, head.norm is no part of the classifier; a distilled DeiT and a Semiformer have two."""
+    weights = noisy(timm.create_model(name, num_classes=0))
+    model = network(name, 3)
+    changed = load("--finetune", weights, model, tmp_path)
+    assert {key for key in changed if not changed[key]} == set(changed) - set(weights) and len(changed) > len(weights)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in weights.items())
+
+
+def test_the_norm_of_the_mean_of_tokens_begins_anew(tmp_path, capsys):
+    """As in MAE, whose encoder normalises all tokens and whose fine-tuned network their mean."""
+    model, weights = network("vit_base_patch16_clsgap_224", depth=2, embed_dim=192, num_heads=3), encoder()
+    changed = load("--finetune", {"model": weights}, model, tmp_path)
+    assert {key for key in changed if not changed[key]} == {
+        "head.weight",
+        "head.bias",
+        "fc_norm.weight",
+        "fc_norm.bias",
+    }
+    assert "not used: norm.weight, norm.bias." in capsys.readouterr().out
+    fine_tuned = noisy(model, 3)
+    assert all(load("--finetune", {"model": fine_tuned}, model, tmp_path).values())
+    refused("--finetune", without(fine_tuned, "fc_norm.bias"), model, tmp_path, ["lacks 1 tensors", "['fc_norm.bias']"])
+
+
+def test_the_mean_is_of_the_patch_tokens():
+    model = network("vit_base_patch16_clsgap_224", depth=2, img_size=32).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        tokens = model.forward_features(images)
+        features = F.layer_norm(tokens[:, 1:].mean(1), (768,), model.fc_norm.weight, model.fc_norm.bias, 1e-6)
+        assert tokens.shape == (2, 5, 768)
+        torch.testing.assert_close(model(images)[0], features @ model.head.weight.T + model.head.bias)
+
+
+def test_finetune_refuses_encoders_that_do_not_fit(tmp_path):
+    model, weights = network("vit_tiny_patch16_224", depth=2), encoder()
+    for content, words in (
+        (encoder(embed_dim=384, num_heads=6), ["cls_token is (1, 1, 384) there, (1, 1, 192) here"]),
+        ({"teacher": without(weights, "norm.bias")}, ["(teacher)", "lacks 1 tensors", "['norm.bias']"]),
+        ({"model": weights | {"predictor.weight": torch.ones(1)}}, ["1 others", "['predictor.weight']"]),
+        (weights | {"register_tokens": torch.ones(1, 4, 192)}, ["1 others", "['register_tokens']"]),
+        (weights | prefixed("backbone.", weights), ["holds cls_token twice, once as backbone.cls_token"]),
+        (without(vit(depth=3), "head.weight", "head.bias"), ["12 others", "blocks.2."]),
+        ({"teacher": {"cls_token": "x"}}, ["(teacher)", "holds no state dict", "'teacher'"]),
+        ({"student": [weights]}, ["holds no state dict"]),
+        ({"teacher": {"cls_token": torch.full((1,), torch.nan)}}, ["teacher['cls_token'] is not finite"]),
+    ):
+        refused("--finetune", content, model, tmp_path, words)
+    # Prefixes and entries mean something to --finetune alone.
+    refused("--warmup-model-load", {"teacher": weights}, model, tmp_path, ["holds no state dict"])
+
+
+def test_a_prefix_that_the_network_has_itself_is_none_of_a_wrapper(tmp_path):
+    class Wrapped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.head = torch.nn.Linear(2, 2), torch.nn.Linear(2, 3)
+
+        def get_classifier(self):
+            return self.head
+
+    model = Wrapped()
+    weights = noisy(model)
+    assert all(load("--finetune", prefixed("module.", weights), model, tmp_path).values())
+    assert all(torch.equal(model.state_dict()[key], weights[key]) for key in weights)
+
+
+# -------------------------------------------------------------------------------- hosted weights
+
+
+@pytest.fixture
+def hosted(monkeypatch):
+    """({Hugging Face's name: state dict} of what timm can download in this test, the names that it asks for)."""
+    weights, asked = {}, []
+
+    def download(name, *_, **__):
+        asked.append(name)
+        if name not in weights:
+            raise FileNotFoundError("An error happened while trying to locate the file on the Hub.\nPlease retry.")
+        return {key: value.clone() for key, value in weights[name].items()}
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", download)
+    return weights, asked
+
+
+HUB = "timm/resnet10t.c3_in1k"
+
+
+def test_pretrained_takes_everything_but_a_head_of_other_classes(hosted, tiny, capsys):
+    weights, asked = hosted
+    weights[HUB] = noisy(network("resnet10t", 1000))
+    utils.seed_everything(0)
+    before = semi_main.Run(parse(tiny), torch.device("cpu")).state.model.state_dict()
+    assert asked == []
+    utils.seed_everything(0)
+    state = semi_main.Run(parse(f"{tiny} --pretrained"), torch.device("cpu")).state
+    for key, value in state.model.state_dict().items():
+        assert torch.equal(value, before[key] if key.startswith("fc.") else weights[HUB][key]), key
+    assert all(map(torch.equal, state.ema.module.state_dict().values(), state.model.state_dict().values()))
+    said = (
+        f"{len(before) - 2} of {len(before)} tensors taken; left as they were: fc.weight, fc.bias; not used: fc.weight"
+    )
+    assert asked == [HUB] and f"--pretrained resnet10t: {said}" in capsys.readouterr().out
+
+
+def test_pretrained_takes_a_head_of_the_same_classes_and_resizes_positions(hosted):
+    weights, _ = hosted
+    name = "timm/deit_tiny_patch16_224.fb_in1k"
+    weights[name] = noisy(network("deit_tiny_patch16_224", 1000))
+    args, model = (
+        parse("--model deit_tiny_patch16_224 --pretrained"),
+        network("deit_tiny_patch16_224", 1000, img_size=96),
+    )
+    load_initial_weights(args, model, hosted_weights(args.model, 96))
+    own = model.state_dict()
+    assert {key for key in own if not torch.equal(own[key], weights[name][key])} == {"pos_embed"}
+    assert torch.equal(own["pos_embed"][:, 0], weights[name]["pos_embed"][:, 0]) and own["pos_embed"].shape[1] == 37
+
+
+def test_pretrained_takes_an_encoder_without_a_head(hosted):
+    weights, _ = hosted
+    name = "timm/convnextv2_atto.fcmae"
+    weights[name] = noisy(timm.create_model("convnextv2_atto", num_classes=0))
+    taken = hosted_weights("convnextv2_atto.fcmae")
+    assert set(taken) == set(weights[name]) and all(torch.equal(taken[key], weights[name][key]) for key in taken)
+
+
+def test_a_file_comes_after_the_hosted_weights_and_a_checkpoint_before(hosted, tiny, tmp_path, capsys):
+    weights, asked = hosted
+    weights[HUB] = noisy(network("resnet10t", 1000))
+    tuned = without(noisy(network("resnet10t", 2), 3), "fc.weight", "fc.bias")
+    torch.save(tuned, tmp_path / "a.pth")
+    state = semi_main.Run(parse(f"{tiny} --pretrained --finetune {tmp_path / 'a.pth'}"), torch.device("cpu")).state
+    assert asked == [HUB] and all(torch.equal(state.model.state_dict()[key], tuned[key]) for key in tuned)
+    resumed = noisy(network("resnet10t", 2), 5)
+    torch.save(resumed, tmp_path / "b.pth")
+    weights.clear()  # asked for again, it would be an error
+    state = semi_main.Run(parse(f"{tiny} --pretrained --resume {tmp_path / 'b.pth'}"), torch.device("cpu")).state
+    assert asked == [HUB] and all(torch.equal(state.model.state_dict()[key], resumed[key]) for key in resumed)
+
+
+def test_hosted_weights_that_cannot_be_had_or_do_not_fit_are_one_sentence(hosted, tiny):
+    weights, _ = hosted
+    start = (
+        "--pretrained: the weights that timm hosts for resnet10t can be had neither from its cache nor from the network"
+    )
+    end = ": start once where there is a network, or name a file by --finetune."
+    with pytest.raises(OSError) as error:
+        semi_main.Run(parse(f"{tiny} --pretrained"), torch.device("cpu"))
+    assert str(error.value) == f"{start} (An error happened while trying to locate the file on the Hub.){end}"
+    for damage in ({"bn1.bias": torch.zeros(7)}, {"more": torch.zeros(1)}):
+        weights[HUB] = noisy(network("resnet10t", 1000)) | damage
+        with pytest.raises(OSError, match=re.escape(f"{start} (Error(s) in loading state_dict for ResNet:){end}")):
+            hosted_weights("resnet10t")
+
+
+@pytest.mark.parametrize("name", [TINY, "myresnet50", "vit_base_patch16_clsgap_224", "vit_base_patch16_gap_224"])
+def test_a_network_without_hosted_weights_is_named_before_any_data_is_read(name):
+    message = f"--pretrained: no weights are hosted for {name}: leave it out, or name a file by --finetune."
+    for refuse in (semi_main.main, lambda args: hosted_weights(args.model)):
+        with pytest.raises(ValueError) as error:
+            refuse(parse(f"--data-set IMNET --data-path nowhere --device cpu --pretrained --model {name}"))
+        assert str(error.value) == message
+
+
+def test_an_unknown_tag_of_hosted_weights_is_named():
+    with pytest.raises(ValueError, match="^Unknown --model 'resnet18.nobody': Invalid pretrained tag"):
+        build_model("resnet18.nobody", 2)
+
+
+# semi_main.py where rank 1 has no network, and rank 0 has none either if FAULT is set.
+OFFLINE = f"""
+import os, runpy, sys
+import timm, torch
+
+def download(name, *_, **__):
+    if os.environ["RANK"] == "1" or os.environ["FAULT"]:
+        raise FileNotFoundError("no network")
+    torch.manual_seed(5)
+    return timm.create_model("lcnet_050").state_dict()
+
+timm.models._builder.load_state_dict_from_hf = download
+sys.argv[0] = {str(ROOT / "semi_main.py")!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("fault", ["", "offline"])
+def test_rank_0_downloads_for_all_or_all_stop_with_its_sentence(tmp_path, tiny, fault):
+    (tmp_path / "offline.py").write_text(OFFLINE)
+    words = f"{tiny} --model lcnet_050 --pretrained --dist_url file://{tmp_path}/meeting".split()
+    environments = [{**env, "FAULT": fault} for env in ranks(2)]
+    done = forked(tmp_path / "offline.py", *words, environments=environments, timeout=120)
+    for rank, each in enumerate(done):
+        assert each.returncode == (1 if fault else 0), each.stderr
+        assert (
+            not fault or f"[rank{rank}]: semi_main.py: error: --pretrained: the weights that timm hosts" in each.stderr
+        )
+        assert "Traceback" not in each.stderr
+    assert fault or "--pretrained lcnet_050: " in done[0].stdout
 
 
 # -------------------------------------------------------------------------------- dino

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from losses import Recipe, consistency, infonce, objective, smoothed_cross_entropy, triplet
 from pseudo_labels import pseudo_label
+from tests.trees import parse
 
 DATA = Path(__file__).parent / "data"
 CASES = json.loads((DATA / "losses.json").read_text())
@@ -82,8 +83,11 @@ def test_the_reference_covers_every_phase_and_consistency():
 
 def test_recipe_defaults_are_the_flags_defaults():
     assert Recipe.from_args(Namespace(**DEFAULTS)) == Recipe()
+    flags = DEFAULTS | {
+        name: getattr(parse(), name) for name in ("pseudo_mixup", "fairness_lambda")
+    }  # of later methods
     assert {
-        DEFAULTS["pseudo_type" if name == "policy" else name] == value for name, value in asdict(Recipe()).items()
+        flags["pseudo_type" if name == "policy" else name] == value for name, value in asdict(Recipe()).items()
     } == {True}
 
 

@@ -25,15 +25,25 @@ NO_EFFECT = ("--opt-level", "--cross-attn", "--cnn2trans", "--trans2cnn", "--res
 KEPT = [row for row in PUBLISHED if row["flags"][0] not in NO_EFFECT]
 NEW = {
     "--accum-iter",
+    "--align",
     "--amp",
     "--compile",
+    "--confidence",
+    "--confidence-momentum",
     "--data-backend",
+    "--fairness-lambda",
     "--grad-checkpointing",
     "--hflip",
+    "--labelled-view",
+    "--layer-decay",
     "--max-bad-images",
     "--overwrite",
+    "--pseudo-mixup",
+    "--pretrained",
     "--scale",
+    "--sched-on-updates",
     "--steps-per-epoch",
+    "--teacher",
     "--tensorboard",
     "--unlabelled-path",
 }
@@ -87,6 +97,9 @@ def test_new_flags():
     assert parse("--steps-per-epoch 7").steps_per_epoch == 7
     assert (parse().data_backend, parse("--data-backend fast").data_backend) == ("pil", "fast")
     assert list(actions()["--amp"].choices) == ["auto", "off", "fp16", "bf16"]
+    assert (parse().layer_decay, parse("--layer-decay 0.75").layer_decay) == (1, 0.75)
+    assert (parse().sched_on_updates, parse("--sched-on-updates").sched_on_updates) == (False, True)
+    assert (parse().pretrained, parse("--pretrained").pretrained) == (False, True)
 
 
 def test_defaults_of_a_namespace_are_the_published_ones():
@@ -94,6 +107,10 @@ def test_defaults_of_a_namespace_are_the_published_ones():
     expected |= {"amp": None, "max_bad_images": 0.001, "steps_per_epoch": 0, "unlabelled_path": ""}
     expected |= {"accum_iter": 1, "compile": False, "data_backend": "pil", "grad_checkpointing": False}
     expected |= {"tensorboard": False, "overwrite": False, "hflip": 0.5, "scale": [0.08, 1.0]}
+    expected |= {"teacher": "student", "confidence": "fixed", "align": "none", "confidence_momentum": 0.999}
+    expected |= {"fairness_lambda": 0.0, "pseudo_mixup": False, "labelled_view": None}
+    expected |= {"layer_decay": 1.0, "sched_on_updates": False}
+    expected |= {"layer_decay": 1.0, "sched_on_updates": False, "pretrained": False}
     expected |= {"device": "cuda" if torch.cuda.is_available() else "cpu"}
     assert vars(recorded(parse())) == expected
 
@@ -342,6 +359,14 @@ EVEN = "mixup and cutmix mix a batch with its own reverse, so the labelled batch
         ("--eval --mu nan", "--mu nan must be"),
         ("--select-ratio 0", "--select-ratio 0.0 must be above 0 and at most 1"),
         ("--select-ratio 2", "--select-ratio 2"),
+        ("--layer-decay 0", "--layer-decay 0.0 must be above 0 and at most 1"),
+        ("--layer-decay 1.1", "--layer-decay 1.1 must be"),
+        ("--layer-decay nan", "--layer-decay nan must be"),
+        ("--sched-on-updates --sched step", "--sched-on-updates is for --sched cosine: leave it out with --sched step"),
+        ("--sched-on-updates --sched plateau", "--sched-on-updates is for --sched cosine: leave it out with --sch"),
+        ("--sched-on-updates --lr-noise 0.5", "--lr-noise changes the rate once an epoch: leave out either it or --sc"),
+        ("--pretrained --model conv_micro", "--pretrained: no weights are hosted for conv_micro: leave it out, or "),
+        ("--pretrained --model resnet18.none", "Unknown --model 'resnet18.none': Invalid pretrained tag (none)"),
         ("--device tpu", "--device tpu must be cpu, cuda or cuda:N, the N-th GPU counted from 0"),
         ("--eval --device CPU", "--device CPU must be"),
         ("--device cuda:", "--device cuda: must be"),
@@ -398,6 +423,7 @@ def test_check_refuses_and_names_the_flag(line, message):
         "--threshold 0",
         "--max-bad-images 0",
         "--max-bad-images 1",
+        "--layer-decay 0.65 --sched-on-updates --pretrained",
         "--threshold 1",
         "--smoothing 0",
         "--device cuda:12",

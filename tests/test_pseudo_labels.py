@@ -208,9 +208,10 @@ def test_diagnostics_against_hand_counts():
     assert plain == {
         "mask_rate": (pytest.approx(4 / 5), 5),
         "pseudo_acc": (pytest.approx(2 / 3), 3),
+        "pseudo_recall": (pytest.approx(2 / 4), 4),
         "agreement": (pytest.approx(3 / 5), 5),
     }
-    assert list(diagnostics(targets, weights, truth, [conv])) == ["mask_rate", "pseudo_acc"]
+    assert list(diagnostics(targets, weights, truth, [conv])) == ["mask_rate", "pseudo_acc", "pseudo_recall"]
 
 
 def test_unknown_truth_counts_for_nothing():

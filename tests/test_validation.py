@@ -90,6 +90,7 @@ HOSTILE = [
     ("optimizer/param_groups/0/params", [0, 1, 2, 3, 4, 5, 6], "groups of [7"),
     ("optimizer/param_groups/0/lr", "fast", "is 'fast', not a learning rate"),
     ("optimizer/param_groups/0/lr", float("nan"), "is nan, not a learning rate"),
+    ("optimizer/param_groups/0/lr_scale", "low", "is 'low', not a learning rate"),
     ("optimizer/param_groups/0/betas", object, "betas'] is <class 'object'>"),
 ]  # fmt: skip
 

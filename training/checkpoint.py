@@ -42,6 +42,7 @@ class TrainState:
         best: {"acc1": best top-1 in percent, "epoch": its epoch}, of the raw weights.
         classes: names of the classes, in the order of their indices.
         bad_images: {name of a training set: its BadImages}, whose known unreadable images are saved.
+        labeller: pseudo_labels.PseudoLabeller, whose buffers are saved, or None.
         pending: the training meters of `epoch` while it has not been evaluated and logged, else None.
     """
 
@@ -54,6 +55,7 @@ class TrainState:
     best: dict = field(default_factory=lambda: {"acc1": 0.0, "epoch": -1})
     classes: tuple = ()
     bad_images: dict = field(default_factory=dict)
+    labeller: Any = None
     pending: dict | None = None
 
     def to_dict(self, args):
@@ -71,6 +73,8 @@ class TrainState:
         }
         if self.ema is not None:
             content["model_ema"] = self.ema.module.state_dict()
+        if self.labeller is not None and self.labeller.state_dict():
+            content["labeller"] = {"kind": self.labeller.kind, "state": self.labeller.state_dict()}
         if self.pending is not None:
             content["pending"] = self.pending
         if plateau := optimization.plateau_state(self.scheduler):
@@ -95,8 +99,12 @@ class TrainState:
         parts = {path: (self.model, weights)}
         if self.ema is not None and "model_ema" in content:
             parts[f"{path} (model_ema)"] = (self.ema.module, content["model_ema"])
+        learned = self._labels_learned(content, path)
+        if learned:
+            parts[f"{path} (labeller)"] = (self.labeller, learned)
         for name, (model, tensors) in parts.items():
-            check_fit(model, tensors, name, same_types=True)
+            # The state of the labels begins in float64 and becomes what the probabilities are.
+            check_fit(model, tensors, name, same_types=model is not self.labeller)
         lacking = [key for key in STATE_KEYS if key not in content]
         if not lacking:
             # First, because it lets the optimizer take a step, which changes the weights.
@@ -119,6 +127,16 @@ class TrainState:
         for name, indices in content.get("bad_images", {}).items():
             if name in self.bad_images:
                 self.bad_images[name].restore(indices)
+
+    def _labels_learned(self, content, path):
+        """The saved state of the labeller, None where it begins anew, which is printed."""
+        if self.labeller is None or not self.labeller.state_dict():
+            return None
+        saved = content.get("labeller", {"kind": "pseudo labels without a state"})
+        if saved["kind"] != self.labeller.kind:
+            print_main(f"{path} holds the state of {saved['kind']}: that of {self.labeller.kind} starts anew.")
+            return None
+        return saved["state"]
 
 
 def save(content, path, previous=None):

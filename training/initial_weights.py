@@ -1,4 +1,4 @@
-"""Initial weights from files: --finetune, --dino-load, --semiformer-load, --resnet-load and --warmup-model-load.
+"""Initial weights: --pretrained, --finetune, --dino-load, --semiformer-load, --resnet-load and --warmup-model-load.
 
 What a flag promises to load must be in the file and fit; else an error names the flag, the file and the first keys.
 """
@@ -29,21 +29,62 @@ def initial_weight_files(args):
     return files
 
 
-def load_initial_weights(args, model):
+def load_initial_weights(args, model, hosted=None):
     """Load the files of the flags into the bare network. Where two have the same tensor, the later file wins.
 
-    Prints what each file contributed. Raises ValueError or OSError naming flag and file where one is missing or does
-    not fit.
+    Prints what each file contributed.
+
+    Args:
+        hosted: the state dict of --pretrained, which is loaded before the files; None without it.
+    Raises ValueError or OSError naming flag and file where one is missing or does not fit.
     """
+    if hosted is not None:
+        _finetune(model, hosted, f"--pretrained {args.model}")
     # ours: the network stays in train mode; the released code leaves it in eval mode in the supervised phase after
     # --finetune.
     for flag, file in initial_weight_files(args):
-        name = f"{flag} {file}"
         try:
             content = checkpoint.read(file)
         except (ValueError, OSError) as error:
             raise type(error)(f"{flag}: {error}") from error
-        LOADERS[flag](model, checkpoint.weights_in(content, name), name)
+        entry = _entry(content) if flag == "--finetune" else "model"
+        name = f"{flag} {file}" + (f" ({entry})" if entry != "model" else "")
+        LOADERS[flag](model, checkpoint.weights_in(content, name, entry), name)
+
+
+# Where the files of pre-trained encoders have the state dict, and what wraps the network in its keys, outermost first.
+ENTRIES = ("model", "teacher", "student", "state_dict")
+PREFIXES = ("module.", "teacher.", "student.", "backbone.", "encoder.")
+# Parts that only the pre-training has: MAE's decoder, DINO's projection heads, the token of masked patches.
+PRETRAINING = re.compile(r"decoder_|(dino_|ibot_)?head\.(mlp|last_layer)\.|mask_token$")
+
+
+def _entry(content):
+    """The entry of a file with the state dict: the first of ENTRIES that it has, or "model", which may be the file."""
+    held = content if isinstance(content, dict) else {}
+    return next((entry for entry in ENTRIES if isinstance(held.get(entry), dict)), "model")
+
+
+def _unwrapped(weights, own, name):
+    """(tensors under the names that they have in the network alone, names of those that only the pre-training has).
+
+    A prefix with which tensors of the network `own` begin is none of a wrapper. Raises ValueError where two tensors get
+    the same name.
+    """
+    prefixes = [prefix for prefix in PREFIXES if not any(key.startswith(prefix) for key in own)]
+    has_teacher = any(key.startswith("teacher.") for key in weights)
+    bare, left = {}, []
+    for key, value in weights.items():
+        inner = key
+        for prefix in prefixes:
+            inner = inner.removeprefix(prefix)
+        if has_teacher and key.startswith("student.") or PRETRAINING.match(inner) and inner not in own:
+            left.append(key)
+        elif inner in bare:
+            raise ValueError(f"{name} holds {inner} twice, once as {key}: save the state dict of one network alone.")
+        else:
+            bare[inner] = value
+    return bare, left
 
 
 def _abbreviated(keys):
@@ -81,9 +122,33 @@ def _layer(key):
     return key.rpartition(".")[0]
 
 
+def _missing_heads(model, weights):
+    """Names of the tensors of those classifiers of which a file has none."""
+    heads = model.get_classifier()
+    heads = heads if isinstance(heads, list | tuple) else [heads]
+    places = [f"{place}." for place, module in model.named_modules() if any(module is head for head in heads)]
+    return [
+        key
+        for place in places
+        if not any(key.startswith(place) for key in weights)
+        for key in model.state_dict()
+        if key.startswith(place)
+    ]
+
+
 def _finetune(model, weights, name):
-    """Load everything but heads of another shape; a position embedding of another length is resized."""
+    """Load everything but heads that are missing or of another shape; positions of another number are resized.
+
+    The file may be of the network or of an encoder that was trained without labels and has no head.
+    """
     own = model.state_dict()
+    weights, unused = _unwrapped(weights, own, name)
+    missing = _missing_heads(model, weights)
+    kept = list(missing)
+    if "fc_norm.weight" in own and "norm.weight" not in own and "fc_norm.weight" not in weights:
+        # As in MAE: the norm of all tokens is none of their mean's, which begins anew.
+        kept += [key for key in own if key.startswith("fc_norm.")]
+        unused += [key for key in weights if key.startswith("norm.")]
     if "pos_embed" in own and "pos_embed" in weights:
         # The position embedding of a timm ViT begins with that of its class token; the PE variant has none for it.
         prefix = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 0)
@@ -94,9 +159,11 @@ def _finetune(model, weights, name):
         for key in own
         if checkpoint.is_head(key) and key in weights and weights[key].shape != own[key].shape
     }
-    dropped = [key for key in weights if _layer(key) in other]
-    kept = [key for key in own if _layer(key) in other]
-    _load_except(model, {key: weights[key] for key in weights if key not in dropped}, kept, name, dropped)
+    unused += [key for key in weights if _layer(key) in other]
+    kept += [key for key in own if _layer(key) in other]
+    _load_except(model, {key: weights[key] for key in weights if key not in unused}, kept, name, unused)
+    if missing:
+        print_main(f"{name} has no head: the network's own stays, drawn anew unless an earlier flag has loaded it.")
 
 
 def _stream_name(key):

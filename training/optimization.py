@@ -1,10 +1,12 @@
 """Mixed precision, optimizer and learning-rate schedule from the flags, built with PyTorch and timm."""
 
+import math
 from functools import partial
 
 import torch
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
@@ -38,9 +40,18 @@ def mixed_precision(choice, device):
 def build_optimizer(args, model):
     """Return timm's optimizer for the flags; biases, 1-d parameters and `model.no_weight_decay()` are not decayed.
 
-    Raises ValueError for an optimizer that timm does not know or that does not accept the flags.
+    With --layer-decay below 1 every layer of `model.group_matcher()` has groups of its own. Their `lr_scale` is the
+    decay to the power of the number of layers that follow; timm's schedules multiply the learning rate by it.
+
+    Raises ValueError for an optimizer that timm does not know or that does not accept the flags, and for a layer decay
+    with a network that does not group its parameters into layers.
     """
     settings = optimizer_kwargs(args)
+    settings["layer_decay"] = args.layer_decay if args.layer_decay < 1 else None
+    if args.layer_decay < 1 and not hasattr(model, "group_matcher"):
+        raise ValueError(
+            f"--layer-decay: {type(model).__name__} does not say which layer a parameter belongs to: leave it out."
+        )
     # timm makes one group where nothing is decayed; with always the same groups a resumed run may change the decay.
     settings["weight_decay"] = args.weight_decay or 1.0
     if args.opt.lower() in ("adam", "adamw"):
@@ -54,14 +65,49 @@ def build_optimizer(args, model):
     return optimizer
 
 
+class CosineOnUpdates(Scheduler):
+    """A linear warm-up and a cosine that set the learning rate of every optimizer step (`--sched-on-updates`).
+
+    Source: Semi-ViT and MAE. ours: timm's own cosine has no such setting. Its warm-up cuts off the beginning of the
+    cosine, and it counts steps, whose number differs between supervised and semi-supervised epochs.
+
+    Args:
+        epochs: length of the run, at whose end the rate is `min_lr`.
+        warmup_epochs: epochs of the linear warm-up from `warmup_lr` to the optimizer's rate, where the cosine begins.
+    """
+
+    def __init__(self, optimizer, epochs, min_lr, warmup_epochs, warmup_lr):
+        super().__init__(optimizer, param_group_field="lr", t_in_epochs=False)
+        self.epochs, self.min_lr, self.warmup_epochs, self.warmup_lr = epochs, min_lr, warmup_epochs, warmup_lr
+        self.step_update(0)
+
+    def _get_lr(self, t):
+        """The rate of each parameter group after t epochs, a fraction; `step_update(t)` sets it."""
+        if t < self.warmup_epochs:
+            return [self.warmup_lr + (lr - self.warmup_lr) * t / self.warmup_epochs for lr in self.base_values]
+        share = min((t - self.warmup_epochs) / max(self.epochs - self.warmup_epochs, 1), 1)
+        return [self.min_lr + (lr - self.min_lr) * (1 + math.cos(math.pi * share)) / 2 for lr in self.base_values]
+
+    def step(self, epoch, metric=None):
+        """Set the rate of the first step after this epoch."""
+        self.step_update(epoch + 1, metric)
+
+
 def build_scheduler(args, optimizer):
-    """Return timm's learning-rate schedule for the flags; call `step(epoch)` with the epoch that has just ended."""
+    """Return the learning-rate schedule for the flags; call `step(epoch)` with the epoch that has just ended.
+
+    It is timm's, or with --sched-on-updates a `CosineOnUpdates`, whose `step_update` sets the rate of a step.
+    """
+    if args.sched_on_updates:
+        return CosineOnUpdates(optimizer, args.epochs, args.min_lr, args.warmup_epochs, args.warmup_lr)
     settings = scheduler_kwargs(args)
     if args.sched == "plateau" and not args.warmup_epochs:
         settings["warmup_lr"] = args.lr  # timm's plateau schedule starts at warmup_lr even without a warm-up
     scheduler, _ = create_scheduler_v2(optimizer, **settings)
     if args.sched == "plateau":
         scheduler.lr_scheduler.cooldown = args.cooldown_epochs  # timm's factory always sets it to 0
+        # timm scales the rates of the other schedules by layer, the lowest ones included.
+        scheduler.lr_scheduler.min_lrs = [args.min_lr * group.get("lr_scale", 1) for group in optimizer.param_groups]
     return scheduler
 
 
@@ -87,6 +133,10 @@ def restore_optimizer(optimizer, saved, path):
     made, groups = optimizer.state_dict(), saved["param_groups"]
     try:
         sizes = [[len(group["params"]) for group in each] for each in (groups, made["param_groups"])]
+        if len(sizes[0]) != len(sizes[1]):
+            raise ValueError(
+                f"{len(sizes[0])} parameter groups, not {len(sizes[1])}: --layer-decay 1 has others than a smaller one"
+            )
         if sizes[0] != sizes[1]:
             raise ValueError(f"groups of {sizes[0]} parameters, not {sizes[1]}")
         state = {}
@@ -158,9 +208,11 @@ def restore_schedule(scheduler, epoch, metric, plateau, groups):
     if plateau is not None:
         for name in ("best", "num_bad_epochs", "cooldown_counter", "last_epoch"):
             setattr(scheduler.lr_scheduler, name, plateau[name])
-        # The share is exactly 1 under the same --lr; under another the saved rate has been lowered by as much.
+        # The share is exactly 1 under the same --lr and --layer-decay; under others the saved rate has been lowered by
+        # as much.
         pairs = list(zip(scheduler.optimizer.param_groups, groups))
-        shares = [group["initial_lr"] / (saved.get("initial_lr") or group["initial_lr"] or 1) for group, saved in pairs]
+        highest = [[each.get("initial_lr", 0) * each.get("lr_scale", 1) for each in pair] for pair in pairs]
+        shares = [here / (there or here or 1) for here, there in highest]
         for (group, saved), share in zip(pairs, shares):
             group["lr"] = saved["lr"] * share
         held = plateau.get("restore_lr")
@@ -170,7 +222,10 @@ def restore_schedule(scheduler, epoch, metric, plateau, groups):
 
 
 def learning_rates(args):
-    """Return the learning rate of every epoch as a list; a plateau schedule is assumed to see no plateau."""
+    """Return the learning rate at the start of every epoch as a list.
+
+    It is that of the last layer, which --layer-decay does not scale. A plateau schedule is assumed to see no plateau.
+    """
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.lr)
     scheduler = build_scheduler(args, optimizer)
     rates = []

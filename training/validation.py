@@ -145,7 +145,7 @@ def _optimizer(value):
     for group in groups:
         if not isinstance(group.get("params"), list):
             return "['param_groups']" + _is_not(group.get("params"), "a list of parameters")
-        for rate in (group.get("lr"), group.get("initial_lr", 0.0)):
+        for rate in (group.get("lr"), group.get("initial_lr", 0.0), group.get("lr_scale", 1.0)):
             if not _number(rate) or rate < 0:
                 return "['param_groups']" + _is_not(rate, "a learning rate")
         places += group["params"]
@@ -197,6 +197,10 @@ def _bad_images(value):
     return _is_not(value, "the numbers of the unreadable images of each set")
 
 
+# Flags that decide what network is built from a file; every other flag is only compared.
+_TYPES = {"model": str, "data_set": str, "data_backend": str, "input_size": int, "remove_fcu": bool}
+
+
 def _args(value):
     flags = vars(value) if isinstance(value, argparse.Namespace) else {} if value is None else value
     if not isinstance(flags, dict):
@@ -204,10 +208,19 @@ def _args(value):
     for name, setting in flags.items():
         if not isinstance(name, str) or not name.isidentifier() or name.startswith("__"):
             return f" has {_shown(name)}, which is no flag's name"
+        if type(setting) is not _TYPES.get(name, type(setting)) or name == "input_size" and not 1 <= setting <= 10**4:
+            return f"[{name!r}]" + _is_not(setting, "a value of that flag")
         for each in setting if isinstance(setting, list | tuple) else [setting]:
             if not isinstance(each, PLAIN):
                 return f"[{name!r}]" + _is_not(setting, "a flag's value")
     return ""
+
+
+def _labeller(value):
+    if isinstance(value, dict) and set(value) == {"kind", "state"} and isinstance(value["kind"], str):
+        fault = _state_dict(value["state"])
+        return fault and f"['state']{fault}"
+    return _is_not(value, "the state of the pseudo labels")
 
 
 def _schedule(value):
@@ -232,6 +245,7 @@ RULES = {
     else _is_not(value, "a list of names"),
     "bad_images": _bad_images,
     "pending": _pending,
+    "labeller": _labeller,
     "scaler": _scaler,
     "plateau": _plateau,
     "lr_scheduler": _schedule,
