@@ -201,7 +201,7 @@ CASES = cases(
     ("a link to itself", written(lambda path: path.symlink_to("checkpoint.pth")), REFUSED, "There is no"),
     ("weights that are nan, evaluated", changed("model_ema/conv_stem.weight", lambda w: w / 0, evaluates),
      REFUSED, "is not finite"),
-    ("--model 5, evaluated", changed("args/model", 5, evaluates), REFUSED, "--model 5"),
+    ("--model 5, evaluated", changed("args/model", 5, evaluates), REFUSED, "model"),
     ("an unknown data set, evaluated", changed("args/data_set", "MNIST", evaluates), REFUSED, "MNIST"),
     ("--input-size 100000, evaluated", changed("args/input_size", 100_000, evaluates), REFUSED, "size"),
     ("a sparse weight, finetuned", changed(WEIGHT, lambda w: w.to_sparse(), finetunes), REFUSED, "sparse"),
