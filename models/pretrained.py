@@ -2,12 +2,12 @@
 
 import argparse
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import timm
 
 from datasets import evaluation_view, fixmatch_colours
+from images.files import read_regular
 from images.transforms import IMAGENET
 from models import NAMES, build_model, check_hosted, check_name  # noqa: F401  (NAMES: re-exported)
 from training import checkpoint
@@ -75,7 +75,7 @@ def load(path, name=None, input_size=None, classes=None, ema=False):
     differ from its own, it has no averaged weights, or `classes` are of another number.
     """
     content = checkpoint.read(path)
-    flags = flags_in(content)
+    flags = checkpoint.flags_in(content, path)
     name = _reconcile(path, "--model", name, flags.get("model"), None)
     if name is None:
         raise ValueError(f"{path} does not say which network it is of: name it with --model.")
@@ -147,7 +147,7 @@ def from_flags(args):
 
 def _names(path):
     try:
-        names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        names = [line.strip() for line in read_regular(path).decode("utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise ValueError(f"Cannot read --classes {path} ({reason}): give a text file, one name a line.") from error

@@ -154,6 +154,21 @@ def test_bad_input_is_one_sentence(tree, file, words, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("flag, value", [("model", 5), ("input_size", "48"), ("input_size", 10**5), ("data_set", [])])
+def test_flags_of_a_checkpoint_that_are_none_are_named(file, tmp_path, flag, value):
+    content = checkpoint.read(file)
+    setattr(content["args"], flag, value)
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=rf"a.pth is damaged or no checkpoint of ours.*args\['{flag}'\] is"):
+        pretrained.load(tmp_path / "a.pth")
+
+
+def test_class_names_that_are_a_fifo_do_not_block(file, tmp_path):
+    os.mkfifo(tmp_path / "names")
+    with pytest.raises(ValueError, match=r"Cannot read --classes .*names \(it is not a regular file\)"):
+        predict.main(["x.png", "--checkpoint", str(file), "--classes", str(tmp_path / "names")])
+
+
 @pytest.mark.parametrize("which", ["an image", "an image below a folder", "a link", "the checkpoint", "the names"])
 def test_output_over_an_input_is_refused_before_anything_is_read(tmp_path, monkeypatch, which):
     image, link = draw(tmp_path / "in/a.png"), tmp_path / "link.png"
