@@ -517,7 +517,7 @@ def excepthook(program, kind, error, trace):
     if interrupted:
         message = f"{program}: {error or 'stopped'}\n" if is_main() else ""
     elif is_ours(error):
-        message = f"{program}: error: {error}\n"
+        message = f"{program}: error: {printable(error, kept='')}\n"  # a name in it may hold a newline
     elif lost_a_peer(error):
         reason = str(error).strip().splitlines()[0]
         message = f"{program}: stopped, because another rank failed: see its error above ({reason})\n"
