@@ -1,6 +1,5 @@
 """From a checkpoint file to the network in it, ready for use: shared by predict.py, script/export.py and hubconf.py."""
 
-import argparse
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,12 +38,6 @@ class Pretrained:
     def view(self):
         """PIL.Image (RGB) -> float tensor (3, input_size, input_size), as in `semi_main.py --eval`."""
         return evaluation_view(self.data_set, self.input_size)
-
-
-def flags_in(content):
-    """The flags of the training run in a checkpoint's content, a dict; {} where there are none."""
-    args = content.get("args") if isinstance(content, dict) else None
-    return vars(args) if isinstance(args, argparse.Namespace) else {}
 
 
 def _reconcile(path, flag, given, known, otherwise):

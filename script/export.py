@@ -193,7 +193,7 @@ def model_card(model, path, ema, onnx):
         ema: whether its weights are the averaged ones.
         onnx: a phrase on model.onnx.
     """
-    folder, flags = Path(path).parent, pretrained.flags_in(model.content)
+    folder, flags = Path(path).parent, checkpoint.flags_in(model.content, path)
     run = _json_file(folder / "run.json").get("environment")
     run = run if isinstance(run, dict) else {}
     config = model.network.pretrained_cfg
@@ -245,7 +245,7 @@ def main(argv=None):
         args.output.mkdir(parents=True, exist_ok=True)
     about = {key: model.content[key] for key in ("epoch",) if key in model.content}
     about |= {"classes": model.classes} if model.classes else {}
-    flags = {**pretrained.flags_in(model.content), "model": model.name, "input_size": model.input_size}
+    flags = {**checkpoint.flags_in(model.content, args.checkpoint), "model": model.name, "input_size": model.input_size}
     checkpoint.save_safetensors(model.network.state_dict(), {**about, "args": flags}, args.output / "model.safetensors")
     onnx = "not exported"
     if not args.no_onnx:

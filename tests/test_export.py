@@ -42,7 +42,8 @@ def test_the_exported_weights_load_back_to_the_bit_with_names_and_flags(run, cap
     own, read = first.network.state_dict(), second.network.state_dict()
     assert list(own) == list(read) and all(torch.equal(own[key], read[key]) for key in own)
     assert second.classes == ["a", "b", "c"] and second.input_size == 48 and second.content["epoch"] == 1
-    assert pretrained.flags_in(second.content) == json.loads(json.dumps(pretrained.flags_in(first.content)))
+    before, after = (checkpoint.flags_in(each.content, "x") for each in (first, second))
+    assert after == json.loads(json.dumps(before))
     other = build_model(NAME, 3)
     checkpoint.load_weights(other, checkpoint.weights_in(second.content, "x"), "x")  # as --finetune and --eval do
     assert torch.equal(other.conv1.weight, own["conv1.weight"])

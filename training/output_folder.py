@@ -29,7 +29,7 @@ WAIT_S = 300  # for the end of the attempt before this one, in a job that Slurm 
 
 @contextmanager
 def claimed(folder, resume, overwrite):
-    """Inside the block no other run writes to the folder, and none lies there that this one does not go on with.
+    """Keep the folder for this run alone inside the block. A run that it holds already is continued, or moved aside.
 
     Every rank must enter it. Raises ValueError as `_check_files`, `_lock` and `_make_room`, on all ranks together. An
     empty name claims nothing.
@@ -101,7 +101,7 @@ def _locked(file, path):
 
 
 def _holder(file):
-    """What the process that has the lock wrote about itself; {} where that cannot be read."""
+    """What the process that has or had the lock wrote about itself; {} where that cannot be read."""
     try:
         # Not by a second descriptor: closing it would end a lock of this process.
         holder = json.loads(os.pread(file.fileno(), 10_000, 0))
@@ -113,10 +113,10 @@ def _holder(file):
 def begun_by_job(folder, job):
     """Whether the last run in the folder was started in this Slurm or submitit job."""
     try:
-        holder = json.loads(Path(folder, LOCK).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        with open(Path(folder, LOCK), encoding="utf-8") as file:
+            return _holder(file).get("job") == job
+    except OSError:
         return False
-    return isinstance(holder, dict) and holder.get("job") == job
 
 
 def holds_run(folder):

@@ -49,29 +49,32 @@ def not_finite(value, name=""):
     return next((place for place, finite in zip(names, good) if not finite), "")
 
 
-def weights_fault(weights):
+def weights_fault(weights, dense=False):
     """Why a state dict of a file cannot be loaded, as the end of a sentence; "" where it can.
 
-    Its tensors must be finite ones in the memory of the CPU. They may be views, because they are only copied.
+    Its tensors must be finite ones in the memory of the CPU. Unless they must be `dense`, they may be views, because
+    they are only copied.
     """
     if not isinstance(weights, dict) or not weights:
         return _is_not(weights, "a state dict")
     for name, tensor in weights.items():
         if not isinstance(name, str) or not torch.is_tensor(tensor):
             return f"[{_shown(name)}]" + _is_not(tensor, "a tensor with a name")
-        if fault := _tensor_fault(tensor):
+        if fault := _tensor_fault(tensor, dense):
             return f"[{name!r}]{fault}"
     if place := not_finite(weights):
         return f"{place} is not finite"
     return ""
 
 
-def _tensor_fault(tensor):
+def _tensor_fault(tensor, dense=False):
     kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu" or tensor.is_complex():
         return f" is a tensor of {kind}, not a dense one of real numbers on the CPU"
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         return f" has {tensor.numel():,} elements, but the file holds fewer"
+    if dense and not _is_dense(tensor):
+        return f" is a view of another tensor, shape {tuple(tensor.shape)}, stride {tensor.stride()}"
     return ""
 
 
@@ -120,10 +123,8 @@ def _number(value):
 def _tensors_and_numbers(value):
     for place, leaf in _leaves(value, ""):
         if torch.is_tensor(leaf):
-            if fault := _tensor_fault(leaf):
+            if fault := _tensor_fault(leaf, dense=True):
                 return place + fault
-            if not _is_dense(leaf):
-                return f"{place} is a view of another tensor, shape {tuple(leaf.shape)}, stride {leaf.stride()}"
         elif not isinstance(leaf, PLAIN):
             return place + _is_not(leaf, "a tensor or a number")
     if place := not_finite(value):
@@ -132,7 +133,7 @@ def _tensors_and_numbers(value):
 
 
 def _state_dict(value):
-    return weights_fault(value) or _tensors_and_numbers(value)
+    return weights_fault(value, dense=True)
 
 
 def _optimizer(value):
