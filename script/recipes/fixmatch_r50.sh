@@ -3,7 +3,7 @@
 # Published top-1 (TorchSSL): 56.34.
 # Usage: DATA_ROOT=/path/to/imagenet SPLIT=lists/100k.txt OUTPUT=runs/fixmatch_r50 \
 #            bash script/recipes/fixmatch_r50.sh [flags of semi_main.py]
-# TorchSSL's cosine ends at cos(7 pi / 16) of the rate; timm's, here, ends at 0.
+# TorchSSL's cosine ends at cos(7 pi / 16) of the rate; this one ends at 0.
 # Other settings: those of common.sh. Ours: not run.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"

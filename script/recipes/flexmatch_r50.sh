@@ -3,12 +3,6 @@
 # Published top-1 (TorchSSL): 58.15.
 # Usage: DATA_ROOT=/path/to/imagenet SPLIT=lists/100k.txt OUTPUT=runs/flexmatch_r50 \
 #            bash script/recipes/flexmatch_r50.sh [flags of semi_main.py]
-# TorchSSL's cosine ends at cos(7 pi / 16) of the rate; timm's, here, ends at 0.
-# Other settings: those of common.sh. Ours: not run.
+# The settings are those of fixmatch_r50.sh. Ours: not run.
 set -euo pipefail
-source "$(dirname "$0")/common.sh"
-: "${SPLIT:?set SPLIT to the file that lists the labelled images}"
-train --data-set SEMI-IMNET --data-split-file "$SPLIT" --model resnet50 --drop-path 0 \
-    --batch-size 32 --mu 0.125 --epochs 1000 --steps-per-epoch 2000 --evaluate-freq 10 --labelled-view weak \
-    --threshold 0.95 --confidence flex --semi-lambda 1 --model-ema-decay 0.999 --smoothing 0 --mixup 0 --cutmix 0 --no-repeated-aug \
-    --opt sgd --momentum 0.9 --weight-decay 3e-4 --lr 0.03 --warmup-epochs 0 --min-lr 0 --sched-on-updates "$@"
+exec bash "$(dirname "$0")/fixmatch_r50.sh" --confidence flex "$@"

@@ -7,10 +7,5 @@
 # Other settings: those of common.sh. Ours: not run.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
-: "${SPLIT:?set SPLIT to the file that lists the labelled images}" "${START:?set START to the checkpoint of semivit_finetune_b.sh on the same labels}"
-train --data-set SEMI-IMNET --data-split-file "$SPLIT" --unlabelDataset_exclude_labeledData \
-    --model vit_large_patch16_clsgap_224 --finetune "$START" --drop-path 0.2 \
-    --batch-size 48 --mu 0.166666667 --epochs 100 --steps-per-epoch 1801 --evaluate-freq 5 \
-    --teacher ema --model-ema-decay 0.9999 --threshold 0.6 --semi-lambda 5 --pseudo-mixup --smoothing 0.1 \
-    --opt adamw --weight-decay 0.05 --layer-decay 0.75 --lr 1e-3 --warmup-lr 0 --min-lr 1e-6 --warmup-epochs 5 \
-    --sched-on-updates --mixup 0.8 --cutmix 1.0 --no-repeated-aug "$@"
+train_semivit --model vit_large_patch16_clsgap_224 --drop-path 0.2 --batch-size 48 --steps-per-epoch 1801 \
+    --threshold 0.6 --lr 1e-3 --mixup 0.8 --cutmix 1.0 "$@"
