@@ -283,10 +283,8 @@ def _unlabelled(args, data_set, samples, labelled):
 
 
 def _truth(samples, labelled, pool):
-    """The classes (N,) of the unlabelled images `pool` by which their pseudo labels are measured; -1: unknown.
-
+    """The classes (N,) of the unlabelled images `pool` by which their pseudo labels are measured; -1: unknown."""
     # ours: that of a labelled image counts as unknown, because the network has learned it. Nothing else reads these.
-    """
     truth = pool.targets.copy()
     if pool is samples:
         truth[labelled] = -1

@@ -192,7 +192,7 @@ def printable(text, kept="\n\t"):
 
 def printable_path(path):
     """A path, or another text, in one line of a message: bytes of a name that are no UTF-8 become escapes, too."""
-    return printable(os.fsdecode(path), kept="").replace("\\udc", "\\x")  # Python stands U+DCFF for the byte FF
+    return printable(os.fsdecode(path), kept="").replace("\\udc", "\\x")  # Python represents the byte FF as U+DCFF
 
 
 def print_main(*words):

@@ -3,7 +3,7 @@
 from images.decoding import UnreadableImage
 from utils import gather, print_rank, printable_path
 
-LEAST = 5  # so many unreadable images a share of the list allows at least, because every small folder has one
+LEAST = 5  # unreadable images that a share allows in the shortest list, because small folders have broken files too
 
 
 def tolerated(limit, total):
