@@ -104,7 +104,11 @@ def _explained(error, flag):
     """The OSError that says what to do where `error` means an exhausted machine, else None."""
     found = "\n".join(_texts(error))
     advice = next((advice for words, advice in _EXHAUSTED.items() if words in found), None)
-    return advice and OSError(f"Loading images failed, because {advice} pass fewer {flag} (0: none).")
+    return advice and _failure(advice, flag)
+
+
+def _failure(advice, flag):
+    return OSError(f"Loading images failed, because {advice} pass fewer {flag} (0: none).")
 
 
 def raw_batches(loader, flag="--num_workers"):
@@ -132,9 +136,9 @@ def _to_the_last(loader, flag):
             if number == len(loader):
                 next(batches, None)  # ends the workers; while Python collects an iterator, it would lose a Ctrl-C
             yield batch
-    except (ConnectionError, EOFError):
-        time.sleep(1)  # a worker has died; what killed it is raised in a moment
-        raise
+    except (ConnectionError, EOFError) as error:  # a worker has died
+        time.sleep(1)  # PyTorch raises what killed it in a moment, or has raised it where nobody could catch it
+        raise _failure(_KILLED, flag) from error
 
 
 def _explain_deaths(flag):

@@ -226,12 +226,14 @@ def test_a_worker_that_is_killed_is_one_sentence_in_whatever_the_process_does(bu
     assert is_ours(caught.value)
 
 
-def test_a_worker_that_dies_while_it_hands_over_a_batch_is_one_sentence(monkeypatch):
-    """The connection breaks before the system tells of the death."""
+@pytest.mark.parametrize("told", [True, False])
+def test_a_worker_that_dies_while_it_hands_over_a_batch_is_one_sentence(monkeypatch, told):
+    """The connection breaks before the system tells of the death, or the news was lost in a callback of Python."""
 
     def broken(_):
         yield "a batch"
-        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGCHLD)).start()
+        if told:
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGCHLD)).start()
         raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
 
     def death(*_):
