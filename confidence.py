@@ -22,8 +22,9 @@ def build(name: str, *, num_classes: int, threshold: float = 0.95, momentum: flo
     """Return a confidence rule, a module to be called as `rule(q, index=index, labelled=labelled_q)`.
 
     q (U, C) are probabilities after alignment, index (U,) int64 is each image's place among the `n_images` unlabelled
-    ones (`flex` reads it), labelled_q (L, C) are those of the step's labelled images (`ada` reads them). It returns the
-    weights (U,) in q's dtype, and keeps in `level` (0-d) the mean of its thresholds or, of `soft`, of its weights.
+    ones (`flex` reads it), labelled_q (L, C) are those of the step's labelled images (`ada` reads them). Who has
+    q.max(-1) already passes it as `top`. The rule returns the weights (U,) in q's dtype, and keeps in `level` (0-d) the
+    mean of its thresholds or, of `soft`, of its weights.
 
     Args:
         name: a key of RULES.
@@ -47,15 +48,23 @@ class _Learned(nn.Module):
             self.to(q.dtype)
 
 
-def _means_over_ranks(*parts: Tensor) -> list[Tensor]:
-    """The means over the first dimension, (N, ...) -> (...), of the tensors of all ranks; one collective for all."""
-    sums = [part.double().sum(0) for part in parts]
-    counts = [part.new_tensor([len(part)], dtype=torch.float64) for part in parts]
+def _means_over_ranks(*parts: tuple[Tensor, int]) -> list[Tensor]:
+    """The means over the images of all ranks, float64, of (sum over this rank's images, their number); a collective."""
+    sums = [each.double() for each, _ in parts]
+    counts = [each.new_full((1,), number) for each, (_, number) in zip(sums, parts)]
     flat = torch.cat([*(each.flatten() for each in sums), *counts])
     sum_over_ranks(flat)
     totals = flat[: -len(parts)].split([each.numel() for each in sums])
-    means = [total / count for total, count in zip(totals, flat[-len(parts) :])]
-    return [mean.view(each.shape).to(part.dtype) for mean, each, part in zip(means, sums, parts)]
+    return [(total / count).view(each.shape) for total, count, each in zip(totals, flat[-len(parts) :], sums)]
+
+
+def _summed(values: Tensor) -> tuple[Tensor, int]:
+    """(sum over the images, their number) of values of each image, (N, ...)."""
+    return values.sum(0, dtype=torch.float64), len(values)
+
+
+def _highest(q: Tensor, top: tuple[Tensor, Tensor] | None) -> Tensor:
+    return q.amax(-1) if top is None else top[0]
 
 
 class Fixed(_Learned):
@@ -65,10 +74,10 @@ class Fixed(_Learned):
         super().__init__()
         self.threshold = threshold
 
-    def forward(self, q, index=None, labelled=None):
+    def forward(self, q, index=None, labelled=None, top=None):
         """Return the weights (U,), as `build` says."""
         self.level = q.new_full((), self.threshold)
-        return (q.amax(-1) >= self.threshold).to(q.dtype)
+        return (_highest(q, top) >= self.threshold).to(q.dtype)
 
 
 class Flex(_Learned):
@@ -90,10 +99,10 @@ class Flex(_Learned):
         self.register_buffer("counts", torch.tensor([0] * num_classes + [n_images]))
 
     @torch.no_grad()
-    def forward(self, q, index, labelled=None):
+    def forward(self, q, index, labelled=None, top=None):
         """Return the weights (U,) by the status before this step, as `build` says; then count its images."""
         self._follow(q)
-        p, classes = q.max(-1)
+        p, classes = q.max(-1) if top is None else top
         status = self.class_status[classes]
         limits = self.threshold * status / (2 - status)
         self.level = limits.mean()
@@ -142,12 +151,12 @@ class Free(_Learned):
             self.register_buffer(name, torch.full(shape, 1 / num_classes, dtype=torch.float64))
 
     @torch.no_grad()
-    def forward(self, q, index=None, labelled=None):
+    def forward(self, q, index=None, labelled=None, top=None):
         """Return the weights (U,) by averages that include this step, as `build` says."""
         self._follow(q)
-        p, classes = q.max(-1)
-        predicted = nn.functional.one_hot(classes, q.shape[1]).to(q.dtype)
-        means = _means_over_ranks(p, q, predicted)
+        p, classes = q.max(-1) if top is None else top
+        predicted = torch.zeros_like(self.class_share).index_add_(0, classes, torch.ones_like(p))
+        means = _means_over_ranks(_summed(p), _summed(q), (predicted, len(p)))
         for average, mean in zip((self.global_threshold, self.class_mean, self.class_share), means):
             average.mul_(self.momentum).add_(mean, alpha=1 - self.momentum)
         limits = (self.global_threshold * self.class_mean / self.class_mean.max())[classes]
@@ -168,12 +177,12 @@ class Soft(_Learned):
         self.register_buffer("variance", torch.tensor(1.0, dtype=torch.float64))
 
     @torch.no_grad()
-    def forward(self, q, index=None, labelled=None):
+    def forward(self, q, index=None, labelled=None, top=None):
         """Return the weights (U,), 0..1, by averages that include this step, as `build` says."""
         self._follow(q)
-        p = q.amax(-1)
+        p = _highest(q, top)
         wide = p.double()
-        sums = torch.stack([wide.sum(), wide.square().sum(), wide.new_tensor(len(p))])
+        sums = torch.stack([wide.sum(), wide.square().sum(), wide.new_full((), len(p))])
         sum_over_ranks(sums)
         total, squares, count = sums
         mean = total / count
@@ -197,11 +206,11 @@ class Ada(_Learned):
         self.threshold = threshold
 
     @torch.no_grad()
-    def forward(self, q, index=None, labelled=None):
+    def forward(self, q, index=None, labelled=None, top=None):
         """Return the weights (U,), as `build` says."""
-        (confidence,) = _means_over_ranks(labelled.amax(-1))
-        self.level = self.threshold * confidence
-        return (q.amax(-1) >= self.level).to(q.dtype)
+        (confidence,) = _means_over_ranks(_summed(labelled.amax(-1)))
+        self.level = (self.threshold * confidence).to(q.dtype)
+        return (_highest(q, top) >= self.level).to(q.dtype)
 
 
 # --confidence. Adding a rule is one class and one row.
@@ -240,14 +249,15 @@ class Alignment(_Learned):
     def forward(self, q, labelled=None):
         """Return the aligned probabilities (U, C) of q (U, C); "labelled" reads those of labelled images (L, C)."""
         self._follow(q)
-        mean, *of_labelled = _means_over_ranks(*((q, labelled) if self.follows_labelled else (q,)))
+        both = (q, labelled) if self.follows_labelled else (q,)
+        mean, *of_labelled = (each.to(q.dtype) for each in _means_over_ranks(*map(_summed, both)))
         average = self.momentum * self.model_mean + (1 - self.momentum) * mean
         self.model_mean.copy_(torch.where(self.seen, average, mean))
         self.seen.fill_(True)
         for each in of_labelled:
             self.target.mul_(self.momentum).add_(each, alpha=1 - self.momentum)
-        aligned = q * (self.target + 1e-6) / (self.model_mean + 1e-6)
-        return aligned / aligned.sum(-1, keepdim=True)
+        aligned = q * ((self.target + 1e-6) / (self.model_mean + 1e-6))
+        return aligned.div_(aligned.sum(-1, keepdim=True))
 
 
 def fairness(strong_logits: Tensor, weights: Tensor, class_mean: Tensor, class_share: Tensor) -> Tensor:

@@ -186,10 +186,11 @@ class PseudoLabeller(nn.Module):
         predictions = []
         for i, (q, known) in enumerate(zip(weak, labelled)):
             aligned = self.alignments[i](q, labelled=known) if self.alignments else q
-            weights = self.rules[i](aligned, index=place, labelled=known)
-            probability, target = aligned.max(dim=-1)
-            # SoftMatch weighs by the aligned probabilities and keeps the class of the others.
-            predictions.append(Prediction(q.argmax(dim=-1) if self.rule == "soft" else target, probability, weights))
+            probability, target = top = aligned.max(dim=-1)
+            weights = self.rules[i](aligned, index=place, labelled=known, top=top)
+            if self.rule == "soft" and self.alignments:
+                target = q.argmax(dim=-1)  # SoftMatch weighs by the aligned probabilities and keeps the class
+            predictions.append(Prediction(target, probability, weights))
         targets, weights = self.policy.decide(*predictions)
         weights = weights.to(weak[0].dtype)
         self._count(targets, weights, weak[0].shape[1])

@@ -1,6 +1,6 @@
 """Compare the time and memory of this code with the published formulation on this machine; prints Markdown.
 
-    python -m benchmarks.benchmark [train|eval|data|policies|optimizer|memory|all] [--quick] [--output FILE.md]
+    python -m benchmarks.benchmark [train|eval|data|policies|methods|optimizer|memory|all] [--quick] [--output FILE.md]
 
 The published formulation (published_formulation.py) differs from ours only by the named optimizations. The program
 first proves in float64 that the two compute the same, and stops if they do not. All variants of a table are called in
@@ -30,11 +30,23 @@ from PIL import Image
 from timm.utils import ModelEmaV3
 from torch.utils.data import default_collate
 
+import confidence
 import models
 import utils
 from benchmarks import published_formulation as published
-from benchmarks.interleaved import Line, measure, profiled, table
-from benchmarks.variants import DECAY, VARIANTS, batch, build_step, flags, has_bf16, network, prove, random_logits
+from benchmarks.interleaved import Line, measure, milliseconds, profiled, table
+from benchmarks.variants import (
+    DECAY,
+    VARIANTS,
+    batch,
+    build_labeller,
+    build_step,
+    flags,
+    has_bf16,
+    network,
+    prove,
+    random_logits,
+)
 from datasets import build_training_sets
 from pseudo_labels import POLICIES, select_targets
 from tests.equality import same
@@ -191,6 +203,33 @@ def policies(args):
     return f"### Policies, {len(logits[0])} x {args.classes} logits, one core\n\n" + text
 
 
+def methods(args):
+    """The pseudo labels of 95 images by each confidence rule, and the step of later methods beside the published."""
+    logits, index, calls = random_logits(args), torch.arange(95, device=args.device), {}
+    for rule in confidence.RULES:
+        for align in ("none", "labelled"):
+            labeller = build_labeller(args, "cnn", rule, align, images=index if rule == "flex" else None)
+            calls[rule, align] = partial(labeller, logits, index, [x[:13] for x in logits])
+    with one_thread(), torch.no_grad():
+        seconds = measure(calls, args.rounds * 10, args.warmup, args.device)
+    rows = [f"### Later methods: labels of 95 x {args.classes} logits, one core\n"]
+    rows += ["| rule | ms | at most | with `--align labelled`, ms |", "|---|---|---|---|"]
+    for rule in confidence.RULES:
+        rows.append(
+            f"| `{rule}` | {milliseconds(seconds[rule, 'none'])} | 1 | {milliseconds(seconds[rule, 'labelled'])} |"
+        )
+    labelled, unlabelled = args.sizes
+    rows += [f"\n### Later methods: step of {labelled} labelled, {unlabelled} strong and {unlabelled} weak images\n"]
+    calls = {name: build_step(args, VARIANTS[name])[0] for name in ("ours fp32", "ema, free, shares", "soft, uniform")}
+    seconds = measure(calls, args.rounds, args.warmup, args.device)
+    published = np.median(seconds.pop("ours fp32"))
+    rows += ["| | ms | over the published method's | at most |", "|---|---|---|---|"]
+    rows += [f"| published method | {published * 1000:.4g} | | |"]
+    for name, took in seconds.items():
+        rows.append(f"| {name} | {milliseconds(took)} | **{np.median(took) / published:.3f}** | 1.05 |")
+    return "\n".join(rows)
+
+
 def optimizer(args):
     """An AdamW step and an update of the moving average, on the network's parameters with random gradients."""
     given, model = flags("--opt", "adamw", "--lr", "1e-3"), network(args)
@@ -264,6 +303,7 @@ PARTS = {
     "eval": evaluation,
     "data": data,
     "policies": policies,
+    "methods": methods,
     "optimizer": optimizer,
     "memory": memory,
 }
@@ -322,7 +362,7 @@ def get_parser():
     parser.add_argument("--input-size", type=int, help="side of the images in pixels (default: 224)")
     parser.add_argument("--rounds", type=int, help="rounds after the warm-up (default: 10; more for short calls)")
     parser.add_argument(
-        "--threads", type=int, default=os.cpu_count(), help="CPU threads; `data` and `policies` always use one"
+        "--threads", type=int, default=os.cpu_count(), help="CPU threads; `data`, `policies` and labels always use one"
     )
     parser.add_argument("--profile", action="store_true", help="add profiles of `train` and `eval`")
     parser.add_argument("--output", type=Path, help="append the Markdown to this file instead of printing it")

@@ -53,10 +53,16 @@ def measure(calls, rounds, warmup, device):
     seconds = {name: [] for name in calls}
     for i in range(warmup + rounds):
         for name, call in calls.items():
-            took = clock(call, device, strict=i >= warmup and name.startswith("ours"))
+            took = clock(call, device, strict=i >= warmup and str(name).startswith("ours"))
             if i >= warmup:
                 seconds[name].append(took)
     return seconds
+
+
+def milliseconds(seconds):
+    """Median and quartiles of the rounds of a call, as text."""
+    low, middle, high = np.percentile(seconds, [25, 50, 75]) * 1000
+    return f"{middle:.4g} ({low:.4g}-{high:.4g})"
 
 
 def table(lines, calls, args, images=None, times=1):
@@ -71,11 +77,6 @@ def table(lines, calls, args, images=None, times=1):
     """
     gc.collect()
     seconds = measure(calls, args.rounds * times, args.warmup, args.device)
-
-    def milliseconds(name):
-        low, middle, high = np.percentile(seconds[name], [25, 50, 75]) * 1000
-        return f"{middle:.4g} ({low:.4g}-{high:.4g})"
-
     rows = ["| | published, ms | ours, ms | published / ours | at least |" + (" images/s |" if images else "")]
     rows.append("|---" * (6 if images else 5) + "|")
     for line in lines:
@@ -84,7 +85,7 @@ def table(lines, calls, args, images=None, times=1):
             rows.append(f"| {line.name} | not run: no avx512_bf16 | | | {least} |" + (" |" if images else ""))
             continue
         base, own = (float(np.median(seconds[name])) for name in (line.published, line.ours))
-        cells = [line.name, milliseconds(line.published), milliseconds(line.ours), f"**{base / own:.2f}**", least]
+        cells = [line.name, *(milliseconds(seconds[name]) for name in line[1:3]), f"**{base / own:.2f}**", least]
         rows.append(f"| {' | '.join(cells + ([f'{images / own:.4g}'] if images else []))} |")
     return "\n".join(rows)
 

@@ -15,7 +15,7 @@ import semi_main
 from benchmarks import published_formulation as published
 from losses import Recipe
 from options import get_args_parser
-from pseudo_labels import POLICIES, select_targets
+from pseudo_labels import POLICIES, PseudoLabeller, select_targets
 from tests.equality import same
 from training import optimization
 from training.checkpoint import TrainState
@@ -25,13 +25,19 @@ RECIPE = Recipe(threshold=0.0, semi_lambda=4.0, unlabel_smooth=True)  # run_ddp_
 
 
 class Variant(NamedTuple):
-    """A way to compute a training step: ours, or the published one with some of our optimizations."""
+    """A way to compute a training step: ours, or the published one with some of our optimizations.
+
+    `teacher`, `rule` and `align` are the values of --teacher, --confidence and --align, of ours alone.
+    """
 
     ours: bool = False
     bf16: bool = False
     compiled: bool = False
     checkpointed: bool = False
     optimizations: tuple = ()
+    teacher: str = "student"
+    rule: str = "fixed"
+    align: str = "none"
 
 
 VARIANTS = {
@@ -48,6 +54,8 @@ VARIANTS = {
     },
     "bf16": Variant(bf16=True),
     "compile": Variant(compiled=True),
+    "ema, free, shares": Variant(ours=True, teacher="ema", rule="free", align="shares"),
+    "soft, uniform": Variant(ours=True, rule="soft", align="uniform"),
 }
 
 
@@ -80,6 +88,15 @@ def batch(args, labelled, unlabelled, dtype=torch.float32):
     return tuple(tuple(tensor.to(args.device) for tensor in pair) for pair in pairs)
 
 
+def build_labeller(args, policy, rule, align, threshold=0.7, images=None):
+    """Build the PseudoLabeller of a rule and an alignment; the classes are equally frequent in the labelled set."""
+    shares = torch.full((args.classes,), 1 / args.classes) if align == "shares" else None
+    labeller = PseudoLabeller(
+        policy, threshold, 1.0, num_classes=args.classes, rule=rule, align=align, shares=shares, images=images
+    )
+    return labeller.to(args.device)
+
+
 def build_step(args, variant, dtype=torch.float32, sizes=None, recipe=RECIPE):
     """Build a variant's training step: (a function without arguments that returns the loss parts, network, EMA)."""
     autocast, scaler, _ = optimization.mixed_precision("bf16" if variant.bf16 else "off", args.device)
@@ -96,8 +113,10 @@ def build_step(args, variant, dtype=torch.float32, sizes=None, recipe=RECIPE):
     if variant.compiled:
         model.compile(backend=args.backend)
     if variant.ours:
-        state = TrainState(model, optimizer, None, scaler, ema)
-        step = partial(engine.train_step, state, model, model, labelled, unlabelled, recipe, autocast=autocast)
+        labeller = build_labeller(args, recipe.policy, variant.rule, variant.align, threshold=recipe.threshold)
+        state = TrainState(model, optimizer, None, scaler, ema, labeller=labeller)
+        teacher = ema.module if variant.teacher == "ema" else model
+        step = partial(engine.train_step, state, model, teacher, labelled, unlabelled, recipe, autocast=autocast)
         return lambda: step()[0], model, ema
     step = partial(published.train_step, model, optimizer, ema, labelled, unlabelled, recipe, autocast)
     return step, model, ema
