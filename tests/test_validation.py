@@ -144,6 +144,7 @@ def test_no_tensor_of_the_file_becomes_one_of_the_optimizer():
 
 @pytest.mark.parametrize("opt", ["adamw", "sgd", "lamb", "lookahead_adamw", "nadam", "lion", "adafactor", "radam",
                                  "adan", "muon", "kron"])  # fmt: skip
+@torch.compiler.set_stance("force_eager")  # Kron compiles its step, which takes a minute
 def test_every_kind_of_optimizer_goes_on_to_the_bit(opt):
     def build():
         state = state_of()
