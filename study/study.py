@@ -1,12 +1,14 @@
-"""Test the paper's claims on a small scale, on Fashion-MNIST or MNIST: named runs of semi_main.py, a table, and plots.
+"""The study: named runs of semi_main.py on a small data set, with tables and plots.
 
-    python -m study.study --suite main --data-path FASHION --seeds 0 1 2 [--device cpu] [--output DIR]
+    python -m study.study --suite methods --data-path FASHION --seeds 0 1 2 [--device cpu] [--output DIR]
 
-The suite `main` compares a ViT, a CNN and Semiformer, each trained on labelled images alone and with pseudo labels.
-`ablation` changes one flag of Semiformer at a time. `smoke` does the same for 20 steps and verifies that each flag
-changes the quantity it should. Each run has a folder, OUTPUT/SUITE/seedN/NAME. When started again, the study skips
-finished runs, resumes the others, and rewrites table.md and the plots. `--tune` evaluates on held-out training images,
-to choose settings. Flags after `--` are added to those of every run.
+The suites, in study/suites.py: `main` compares a ViT, a CNN and Semiformer, each trained on labelled images alone and
+with pseudo labels; `methods` compares the methods after 2022; `trials` is the search for their settings; `ablation`
+changes one flag of Semiformer at a time; `smoke` does the same for 20 steps and verifies that each flag changes the
+quantity it should. A suite has a folder, OUTPUT/SUITE-LABELS, with a folder for each run, seedN/NAME. When a run ends,
+its log becomes a line of results.jsonl there. When started again, the study skips the runs that have a line, resumes
+the others, and rewrites table.md and the plots. `--tune` evaluates on held-out training images, to choose settings.
+Flags after `--` are added to those of every run.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,52 +24,13 @@ from pathlib import Path
 import numpy as np
 
 from images.fashion import OWN_CLASSES, fashion, write_idx
+from script.compare_runs import read_flags, read_log
 from study import study_report
+from study.suites import LABELS, SUITES, TUNED, VALIDATION
+from utils import environment
 
 ROOT = Path(__file__).resolve().parents[1]
-
-# ---------------------------------------------------------------------------------------------- named runs
-
-LABELS, VALIDATION = 100, 2000
-COMMON = """--data-set FASHION --input-size 64 --amp bf16 --warmup-epochs 0 --mixup 0 --cutmix 0
-    --no-repeated-aug --smoothing 0 --drop-path 0 --num_workers 0"""
-LENGTH = "--epochs 30 --steps-per-epoch 100 --evaluate-freq 5 --no-model-ema"
-SUPERVISED = "--supervise-only --batch-size 8"  # 4 images, as in SEMI, are too few for BatchNorm's statistics
-SEMI = "--batch-size 16 --mu 0.25 --threshold 0.9 --semi-lambda 1"
-NETWORKS = {  # within 20 % of one another in parameters
-    "vit": "--model deit_micro_patch16_224 --lr 1e-3",
-    "cnn": "--model conv_micro --lr 1e-3",
-    "semiformer": "--model Semiformer_micro_patch16 --lr 1e-3",
-}
-MAIN = {
-    f"{network}-{how}": f"{COMMON} {LENGTH} {flags} {learning}"
-    for network, flags in NETWORKS.items()
-    for how, learning in (("supervised", SUPERVISED), ("semi", SEMI))
-}
-# What each flag must change besides the accuracy: meters of the log, or entries of run.json.
-POLICIES = """transformer fuse softmax_fuse Vote_equal Vote_cnnBias Vote_larger Vote_larger2 Vote_equal2 weight_v1
-    weight_v2 weight_v3 weight_v4 weight_v5 weight_v6""".split()
-PSEUDO = ("train_mask_rate", "train_loss_0_u", "train_loss_1_u")
-CHANGES = {  # name: (flags, quantities that must differ from the baseline's)
-    **{f"policy-{name}": (f"--pseudo-type {name}", PSEUDO) for name in POLICIES},
-    "no-fusion": ("--remove-fcu", ("train_loss_0", "train_loss_1")),
-    "threshold": ("--threshold 0.5", ("train_mask_rate",)),
-    "mu": ("--mu 0.125", ("labelled", "unlabelled")),
-    "lambda": ("--semi-lambda 4", ("train_loss",)),
-    "smoothing": ("--smoothing 0.1", ("train_loss_0", "train_loss_1")),
-    "unlabelled-smoothing": ("--smoothing 0.1 --unlabel-smooth", ("train_loss_0_u", "train_loss_1_u")),
-    "ema": ("--model-ema-decay 0.9", ("test_ema_acc1", "test_ema_loss")),
-    "consistency-triplet": ("--dual-consistency", ("train_loss_consistency",)),
-    "consistency-infonce": ("--dual-consistency --consistency-type infonce", ("train_loss_consistency",)),
-    "position-embedding": ("--model Semiformer_PE_micro_patch16", ("n_parameters",)),
-    "labelled-excluded": ("--unlabelDataset_exclude_labeledData", ("unlabelled_images",)),
-}
-BASE = MAIN["semiformer-semi"].replace("--no-model-ema", "--model-ema-decay 0.99")
-ABLATION = {"baseline": BASE} | {name: f"{BASE} {flags}" for name, (flags, _) in CHANGES.items()}
-# The temperature is so low that an untrained network is confident of some images. The log has a line every five steps.
-BRIEF = "--epochs 4 --steps-per-epoch 5 --evaluate-freq 1 --batch-size 16 --temperature 0.15 --threshold 0.7"
-SMOKE = {"baseline": f"{BASE} {BRIEF}"} | {name: f"{BASE} {BRIEF} {flags}" for name, (flags, _) in CHANGES.items()}
-SUITES = {"main": MAIN, "ablation": ABLATION, "smoke": SMOKE}
+_WRITING = threading.Lock()
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -93,30 +57,30 @@ def write_labelled(path, source, labels, seed):
 # ---------------------------------------------------------------------------------------------- running
 
 
-def finished(folder, flags):
-    """Whether the run in this folder reached its last epoch. Raises ValueError if it had other flags."""
-    record = folder / "study.json"
-    if not record.is_file():
-        return False
-    earlier = json.loads(record.read_text())
-    if earlier["flags"] != flags:
-        raise ValueError(
-            f"{folder} was run with other flags ({earlier['flags']}): remove it or choose another --output."
-        )
-    return earlier["finished"]
+def finished(results, name, seed, flags):
+    """Whether the results have a line of this run. Raises ValueError if it is of other flags."""
+    for line in study_report.read_results(results):
+        if (line["name"], line["seed"]) == (name, seed):
+            if line["flags"] != flags:
+                raise ValueError(
+                    f"{results} has {name}, seed {seed}, with other flags ({line['flags']}): remove its line and its "
+                    "folder, or choose another --output."
+                )
+            return True
+    return False
 
 
-def run(folder, flags, threads):
+def run(folder, flags, places, threads):
     """Run semi_main.py with these flags to its end, resuming where it stopped. Raises RuntimeError if it fails.
 
-    Writes study.json: the flags, whether the run finished, and the wall and CPU seconds of all its attempts.
+    Args:
+        places: more flags, which are not part of the results: of the data, the device and the seed.
+    Returns {"seconds", "cpu_seconds"} of all its attempts, wall and CPU, which are kept in spent.json.
     """
-    if finished(folder, flags):
-        return
     folder.mkdir(parents=True, exist_ok=True)
-    record, start = folder / "study.json", time.time()
+    record, start = folder / "spent.json", time.time()
     earlier = json.loads(record.read_text()) if record.is_file() else {"seconds": 0.0, "cpu_seconds": 0.0}
-    command = [sys.executable, str(ROOT / "semi_main.py"), *flags.split()]
+    command = [sys.executable, str(ROOT / "semi_main.py"), *flags.split(), *places]
     command += ["--output_dir", str(folder), "--resume", "auto"]
     with open(folder / "out.txt", "a", encoding="utf-8") as out:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -125,28 +89,40 @@ def run(folder, flags, threads):
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     spent = {"seconds": time.time() - start, "cpu_seconds": used.ru_utime + used.ru_stime}
-    entry = {"flags": flags, "finished": status == 0} | {name: earlier[name] + spent[name] for name in spent}
-    record.write_text(json.dumps(entry, indent=2) + "\n")
+    entry = {name: earlier[name] + spent[name] for name in spent}
+    record.write_text(json.dumps(entry) + "\n")
     print(f"{folder}: {'done' if status == 0 else 'failed'} after {entry['seconds']:.0f} s", flush=True)
     if status:
         lines = (folder / "out.txt").read_text().strip().splitlines() or [""]
         cause = next((line for line in reversed(lines) if "error: " in line), lines[-1])
         raise RuntimeError(f"{folder} ended with status {process.returncode}: {cause} (see its out.txt)")
+    return entry
 
 
 def run_all(args, folder, data):
-    """Run the suite's runs for every seed, `--jobs` at a time."""
+    """Run the suite's runs for every seed, `--jobs` at a time, and add a line to the results for each that ends."""
+    results, threads = folder / "results.jsonl", max(1, (os.cpu_count() or 1) // args.jobs)
+
+    def run_and_record(name, seed, flags):
+        if finished(results, name, seed, flags):
+            return
+        run_folder, split = folder / f"seed{seed}" / name, folder / f"seed{seed}/labelled.txt"
+        places = ["--device", args.device, "--data-path", str(data), "--data-split-file", str(split)]
+        spent = run(run_folder, flags, [*places, "--seed", str(seed)], threads)
+        line = {"name": name, "seed": seed, "labels": args.labels, "flags": flags} | spent
+        versions = {key: value for key, value in environment().items() if key in ("revision", "torch", "timm")}
+        line |= versions | {"args": study_report.kept_flags(read_flags(run_folder / "run.json"))}
+        line |= {"log": study_report.kept_figures(read_log(run_folder / "log.txt"))}
+        with _WRITING, open(results, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
     jobs = []
     for seed in args.seeds:
-        split = folder / f"seed{seed}/labelled.txt"
-        write_labelled(split, data, args.labels, seed)
-        for name, flags in SUITES[args.suite].items():
-            if not args.only or name in args.only:
-                more = f"--device {args.device} --data-path {data} --data-split-file {split} --seed {seed}"
-                jobs.append((split.parent / name, " ".join(f"{flags} {more} {' '.join(args.flags)}".split())))
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+        write_labelled(folder / f"seed{seed}/labelled.txt", data, args.labels, seed)
+        names = [name for name in SUITES[args.suite] if not args.only or name in args.only]
+        jobs += [(name, seed, " ".join(f"{SUITES[args.suite][name]} {' '.join(args.flags)}".split())) for name in names]
     with ThreadPoolExecutor(args.jobs) as pool:
-        for future in [pool.submit(run, *job, threads) for job in jobs]:
+        for future in [pool.submit(run_and_record, *job) for job in jobs]:
             future.result()
 
 
@@ -161,21 +137,23 @@ def main():
     parser.add_argument("--device", default="cpu", help="cpu or cuda, for every run (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=ROOT / "output/study", help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=2, help="parallel runs, which share the CPU cores evenly")
-    parser.add_argument("--labels", type=int, default=LABELS, help="number of labelled images, a multiple of 10")
+    parser.add_argument("--labels", type=int, help="number of labelled images, a multiple of 10 (default: the suite's)")
     parser.add_argument("--tune", action="store_true", help=f"evaluate on {VALIDATION} held-out training images")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="run only these runs of the suite")
     parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="flags of semi_main.py for every run")
     args = parser.parse_args()
-    folder = (args.output / args.suite).resolve()
+    args.labels = args.labels or LABELS[args.suite]
+    tune = args.tune or args.suite in TUNED
+    folder = (args.output / f"{args.suite}-{args.labels}{'-tune' * args.tune}").resolve()
     try:
         data = Path(args.data_path).resolve()
-        if args.tune or args.suite == "smoke":
+        if tune or args.suite == "smoke":
             part = folder / "part"
             if not part.is_dir():
-                write_part(part, data, *((55_000, VALIDATION) if args.tune else (400, 100)))
+                write_part(part, data, *((55_000, VALIDATION) if tune else (400, 100)))
             data = part
         run_all(args, folder, data)
-        print(study_report.write_report(args.suite, folder, SUITES[args.suite], args.seeds, CHANGES))
+        print(study_report.write_report(args.suite, folder, args.seeds))
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"study.py: error: {error}")
 

@@ -1,13 +1,19 @@
-"""The tables and plots of study/study.py, made from the output folders of the runs alone."""
+"""The tables and plots of study/study.py, made from the lines of results.jsonl alone.
+
+python -m study.study_report    # the tables and plots of docs/study.md, from study/results
+"""
 
 import json
+import math
 import statistics
+from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from script.compare_runs import markdown, mean_and_deviation, read_runs
+from script.compare_runs import IGNORED_FLAGS, SHARES, Run, markdown, mean_and_deviation
+from study.suites import CHANGES, SUITES
 
 DPI = 150
 COLOURS = {"vit": "#D55E00", "cnn": "#009E73", "semiformer": "#0072B2"}  # Okabe and Ito, 2008
@@ -19,6 +25,8 @@ COLUMNS = {
     "test_acc1_head2": "transformer stream %",
     "train_mask_rate": "mask rate %",
     "train_pseudo_acc": "pseudo-label acc. %",
+    "train_pseudo_recall": "recall %",
+    "train_classes": "classes",
 }
 PAIRS = (  # (run, meter) minus (run, meter)
     (("semiformer-semi", "test_acc1"), ("semiformer-supervised", "test_acc1")),
@@ -34,22 +42,66 @@ PAIRS = (  # (run, meter) minus (run, meter)
 STREAMS = {"test_acc1": "", "test_acc1_head1": ", CNN stream", "test_acc1_head2": ", transformer stream"}
 
 
+# What a line of the results keeps of a log.
+FIGURES = """epoch n_parameters test_acc1 test_acc1_head1 test_acc1_head2 test_ema_acc1 test_ema_acc1_head1
+    test_ema_acc1_head2 train_loss train_mask_rate train_pseudo_acc train_pseudo_recall train_pseudo_entropy
+    train_pseudo_largest train_threshold train_mean_weight train_agreement""".split()
+PLACES = (*IGNORED_FLAGS, "data_path", "data_split_file")
+
+
+def kept_flags(flags):
+    """The flags of a run without the names of its folders."""
+    return {name: value for name, value in flags.items() if name not in PLACES} | {"seed": flags["seed"]}
+
+
+def kept_figures(log):
+    """The records of a log with the figures that the report reads, and `classes`, how many the kept labels are of.
+
+    That is exp(entropy): the number of equally frequent classes with the same entropy.
+    """
+    kept = [{name: record[name] for name in FIGURES if name in record} for record in log]
+    for record in kept:
+        if record.get("train_pseudo_entropy") is not None:
+            record["train_classes"] = math.exp(record["train_pseudo_entropy"])
+    return kept
+
+
+def read_results(path):
+    """The lines of a results.jsonl; none where it does not exist."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def runs_of(lines, names, seeds):
+    """{name: [Run of each seed]} of the runs that have a line for every seed."""
+    found = {(line["name"], line["seed"]): line for line in lines}
+    runs = {}
+    for name in names:
+        if all((name, seed) in found for seed in seeds):
+            runs[name] = [_run(found[name, seed]) for seed in seeds]
+    return runs
+
+
+def _run(line):
+    log = [record | {name: line[name] for name in ("seconds", "cpu_seconds")} for record in line["log"]]
+    return Run(Path(line["name"]), line["args"], log)
+
+
 def mean_minutes(runs, name):
-    """Mean of `seconds` or `cpu_seconds` in the runs' study.json, in minutes, as text."""
-    times = [json.loads((run.folder / "study.json").read_text())[name] for run in runs]
-    return f"{statistics.fmean(times) / 60:.1f} min"
+    """Mean of `seconds` or `cpu_seconds` of the runs, in minutes, as text."""
+    return f"{statistics.fmean(run.last[name] for run in runs) / 60:.1f} min"
 
 
 def results_table(runs):
-    """The Markdown table of the results: {name: [Run of each seed]} -> text."""
+    """The Markdown table of the results, without columns that no run fills: {name: [Run of each seed]} -> text."""
+    meters = {name: title for name, title in COLUMNS.items() if any(seeds[0].last.get(name) for seeds in runs.values())}
     rows = []
     for name, seeds in runs.items():
         flags, last = seeds[0].flags, seeds[0].last
         steps = (last["epoch"] + 1) * flags["steps_per_epoch"]
         times = [mean_minutes(seeds, "seconds"), mean_minutes(seeds, "cpu_seconds")]
-        meters = [mean_and_deviation(seeds, meter) for meter in COLUMNS]
-        rows.append([name, f"{last['n_parameters'] / 1e6:.2f} M", *meters, len(seeds), steps, *times])
-    return markdown(["run", "parameters", *COLUMNS.values(), "seeds", "steps", "time", "CPU time"], rows, 1)
+        figures = [mean_and_deviation(seeds, meter) for meter in meters]
+        rows.append([name, f"{last['n_parameters'] / 1e6:.2f} M", *figures, len(seeds), steps, *times])
+    return markdown(["run", "parameters", *meters.values(), "seeds", "steps", "time", "CPU time"], rows, 1)
 
 
 def differences_table(runs, pairs):
@@ -148,34 +200,67 @@ def draw_pseudo_labels(runs, path):
         figure.savefig(path)
 
 
-def _finished(record):
-    return record.is_file() and json.loads(record.read_text())["finished"]
+METHOD_PANELS = {
+    "test_acc1": "top-1, % of evaluation images",
+    "train_pseudo_acc": "correct, % of pseudo labels",
+    "train_pseudo_recall": "correctly labelled, % of images",
+    "train_classes": "classes of the pseudo labels",
+}
 
 
-def write_report(suite, folder, names, seeds, changes):
-    """Write table.md and the plots of a suite into its folder; returns the text of table.md.
+def draw_methods(runs, path):
+    """Plot top-1, precision, recall and number of classes of the pseudo labels; a colour for each run."""
+    with matplotlib.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(8.3, 6.2), dpi=DPI, layout="constrained")
+        axes = figure.subplots(2, 2, sharex=True)
+        colours = matplotlib.colormaps["tab10"].colors
+        for axis, (meter, label) in zip(axes.flat, METHOD_PANELS.items()):
+            scale = 100 if meter in SHARES else 1
+            for (name, seeds), colour in zip(runs.items(), colours):
+                _curve(axis, seeds, meter, "-", colour, name, scale)
+            axis.set(ylabel=label)
+            axis.grid(alpha=0.3)
+        for axis in axes[1]:
+            axis.set_xlabel("optimizer steps")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        figure.savefig(path)
 
-    Runs that are not finished for every seed are left out. Raises RuntimeError if a run of the smoke suite changed none
-    of the quantities that it should.
+
+BASELINES = {"ablation": "baseline", "methods": "published", "trials": None}
+
+
+def report(suite, lines, seeds, folder, prefix=""):
+    """The tables of a suite, as text; writes its plots into the folder. Runs without a line of every seed are left out.
 
     Args:
-        suite, names: name of the suite, and of its runs.
-        changes: `study.CHANGES`.
+        suite: a key of SUITES but "smoke".
+        lines: those of its results.
+        prefix: of the plots' names.
     """
-    records = {name: [folder / f"seed{seed}" / name / "study.json" for seed in seeds] for name in names}
-    complete = [name for name, paths in records.items() if all(map(_finished, paths))]
-    if suite == "smoke":
-        text, unchanged = smoke_table(folder / f"seed{seeds[0]}", changes)
-        (folder / "table.md").write_text(text + "\n")
-        if unchanged:
-            raise RuntimeError(f"No quantity changed that should: {', '.join(unchanged)}; see {folder / 'table.md'}.")
-        return text
-    runs = {name: read_runs([folder / f"seed{seed}" / name for seed in seeds]) for name in complete}
-    baseline = ("baseline", "test_acc1")
-    pairs = PAIRS if suite == "main" else [((name, "test_acc1"), baseline) for name in complete if name != "baseline"]
-    text = f"{results_table(runs)}\n\n{differences_table(runs, pairs)}"
-    (folder / "table.md").write_text(text + "\n")
+    runs = runs_of(lines, SUITES[suite], seeds)
     if suite == "main":
-        draw_accuracy(runs, folder / "accuracy.png")
-        draw_pseudo_labels(runs, folder / "pseudo_labels.png")
+        pairs = PAIRS
+        draw_accuracy(runs, folder / f"{prefix}accuracy.png")
+        draw_pseudo_labels(runs, folder / f"{prefix}pseudo_labels.png")
+    else:
+        base = BASELINES[suite]
+        pairs = [((name, "test_acc1"), (base, "test_acc1")) for name in runs if name != base]
+        if suite == "methods":
+            draw_methods(runs, folder / f"{prefix}methods.png")
+    differences = differences_table(runs, pairs) if pairs and pairs[0][1][0] else ""
+    return f"{results_table(runs)}\n\n{differences}".strip()
+
+
+def write_report(suite, folder, seeds):
+    """Write table.md and the plots of a suite into its folder; returns the text of table.md.
+
+    Raises RuntimeError if a run of the smoke suite changed none of the quantities that it should.
+    """
+    if suite == "smoke":
+        text, unchanged = smoke_table(folder / f"seed{seeds[0]}", CHANGES)
+    else:
+        text, unchanged = report(suite, read_results(folder / "results.jsonl"), seeds, folder), []
+    (folder / "table.md").write_text(text + "\n")
+    if unchanged:
+        raise RuntimeError(f"No quantity changed that should: {', '.join(unchanged)}; see {folder / 'table.md'}.")
     return text

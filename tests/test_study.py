@@ -9,21 +9,21 @@ import options
 from images import fashion
 from models import build_model
 from pseudo_labels import POLICIES
-from study import study, study_report
+from study import study, study_report, suites
 from tests.test_compare import cells, make_run, record
 from tests.trees import forked, make_fashion, parse
 
 TINY = "--model Semiformer_micro_patch16 --input-size 32 --batch-size 4 --mu 0.5 --epochs 2 --steps-per-epoch 1"
 
 
-@pytest.mark.parametrize("suite", study.SUITES)
+@pytest.mark.parametrize("suite", suites.SUITES)
 def test_every_named_run_is_a_command_line_of_semi_main(suite):
-    for flags in study.SUITES[suite].values():
+    for flags in suites.SUITES[suite].values():
         options.check(parse(*flags.split()))
 
 
 def test_main_compares_three_networks_of_a_size_at_equal_steps():
-    args = {name: parse(*flags.split()) for name, flags in study.MAIN.items()}
+    args = {name: parse(*flags.split()) for name, flags in suites.MAIN.items()}
     assert sorted(args) == sorted(f"{n}-{how}" for n in ("vit", "cnn", "semiformer") for how in ("supervised", "semi"))
     assert {(a.epochs, a.steps_per_epoch, a.input_size) for a in args.values()} == {(30, 100, 64)}
     labelled = {options.labelled_and_unlabelled(a)[0] for a in args.values() if options.semi_supervised(a)}
@@ -37,9 +37,9 @@ def models_of(args):
 
 
 def test_smoke_covers_all_policies_and_every_ablation_is_in_both_suites():
-    policies = {parse(*flags.split()).pseudo_type for flags in study.SMOKE.values()}
+    policies = {parse(*flags.split()).pseudo_type for flags in suites.SMOKE.values()}
     assert policies == set(POLICIES) and len(policies) == 15
-    assert list(study.SMOKE) == list(study.ABLATION) == ["baseline", *study.CHANGES]
+    assert list(suites.SMOKE) == list(suites.ABLATION) == ["baseline", *suites.CHANGES]
 
 
 def test_labelled_images_are_as_many_of_each_class_and_drawn_by_the_seed(tmp_path):
@@ -73,44 +73,53 @@ def test_runs_are_skipped_when_finished_and_go_on_when_not(tmp_path):
     make_fashion(tmp_path, train=40, test=5)
     words = ["--only", "semiformer-semi", "--labels", 20, "--", *TINY.split()]
     assert start(tmp_path, *words).returncode == 0
-    run = tmp_path / "main/seed0/semiformer-semi"
-    finished, log = json.loads((run / "study.json").read_text()), (run / "log.txt").read_text()
-    assert len(log.splitlines()) == 2 and finished["finished"] and (run.parent.parent / "accuracy.png").is_file()
+    suite = tmp_path / "main-20"
+    run, results = suite / "seed0/semiformer-semi", suite / "results.jsonl"
+    first, log = results.read_text(), (run / "log.txt").read_text()
+    line = json.loads(first)
+    assert [record["epoch"] for record in line["log"]] == [0, 1] and len(log.splitlines()) == 2
+    assert line["log"][-1]["test_acc1"] == json.loads(log.splitlines()[-1])["test_acc1"]
+    assert (line["name"], line["seed"], line["labels"], line["args"]["epochs"]) == ("semiformer-semi", 0, 20, 2)
+    assert str(tmp_path) not in first and (suite / "accuracy.png").is_file()
     before = (run / "out.txt").read_text()
     assert start(tmp_path, *words).returncode == 0 and (run / "out.txt").read_text() == before
-    (run / "study.json").unlink()  # as if it had been killed after its last save
+    assert results.read_text() == first
+    results.unlink()  # as if it had been killed after its last save
     assert start(tmp_path, *words).returncode == 0
     assert "Nothing left to train" in (run / "out.txt").read_text() and (run / "log.txt").read_text() == log
+    again = json.loads(results.read_text())
+    assert again["log"] == line["log"] and again["cpu_seconds"] > line["cpu_seconds"]
     other = start(tmp_path, *words, "--lr", "0.5")
-    assert other.returncode == 1 and "study.py: error: " in other.stderr and "was run with other flags" in other.stderr
+    assert other.returncode == 1 and "study.py: error: " in other.stderr and "with other flags" in other.stderr
     wrong = start(tmp_path / "none")
     assert wrong.returncode == 1 and wrong.stderr.startswith("study.py: error: ") and wrong.stderr.count("\n") == 1
 
 
-@pytest.fixture
-def two_seeds(tmp_path):
-    """Semiformer with and without pseudo labels, and a CNN, in two seeds."""
+def line_of(name, seed, log, epochs=2, steps=250):
+    """A line of results.jsonl."""
+    args = {"epochs": epochs, "seed": seed, "steps_per_epoch": steps}
+    spent = {"seconds": 60.0 + 60 * seed, "cpu_seconds": 30}
+    return {"name": name, "seed": seed, "labels": 40, "flags": "", "args": args, "log": log} | spent
+
+
+def test_the_main_report_by_hand(tmp_path):
+    """Semiformer with and without pseudo labels and a CNN in two seeds, and a ViT in one."""
     figures = {
         "semiformer-semi": [(80, 81, 70), (90, 85, 75)],
         "semiformer-supervised": [(75, 76, 50), (88, 86, 45)],
         "cnn-semi": [(74, None, None), (72, None, None)],
+        "vit-semi": [(10, None, None)],
     }
-    for name, seeds in figures.items():
-        for seed, last in enumerate(seeds):
-            records = [record(0, 10, 10, 10) | {"n_parameters": 1}, record(1, *last) | {"n_parameters": 2_500_000}]
-            folder = make_run(tmp_path / f"seed{seed}" / name, records, seed=seed, steps_per_epoch=250)
-            (folder / "study.json").write_text(
-                json.dumps({"finished": True, "seconds": 60.0 + 60 * seed, "cpu_seconds": 30})
-            )
-    half = make_run(tmp_path / "seed0/vit-semi", [record(0, 10, 10, 10)])
-    (half / "study.json").write_text(json.dumps({"finished": False}))
-    return tmp_path
-
-
-def test_the_main_report_by_hand(two_seeds):
-    text = study_report.write_report("main", two_seeds, study.MAIN, [0, 1], {})
+    lines = [
+        line_of(name, seed, [record(0, 10, 10, 10), record(1, *last) | {"n_parameters": 2_500_000}])
+        for name, seeds in figures.items()
+        for seed, last in enumerate(seeds)
+    ]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = study_report.write_report("main", tmp_path, [0, 1])
     rows, pairs = (cells(part) for part in text.split("\n\n"))
-    assert rows[1] == ["cnn-semi", "2.50 M", "73.00 ± 1.41", "-", "-", "-", "-", "2", "500", "1.5 min", "0.5 min"]
+    assert rows[0][2:5] == ["top-1 %", "CNN stream %", "transformer stream %"] and "mask rate %" not in rows[0]
+    assert rows[1] == ["cnn-semi", "2.50 M", "73.00 ± 1.41", "-", "-", "2", "500", "1.5 min", "0.5 min"]
     assert [row[0] for row in rows[1:]] == ["cnn-semi", "semiformer-supervised", "semiformer-semi"]
     assert rows[3][2:5] == ["85.00 ± 7.07", "83.00 ± 2.83", "72.50 ± 3.54"]
     found = {(row[0], row[1]): row[2:] for row in pairs[1:]}
@@ -118,18 +127,19 @@ def test_the_main_report_by_hand(two_seeds):
     assert found["semiformer-semi", "semiformer-supervised"] == ["+5.0 / +2.0", "+3.50", "1.50", "2.3", "2 of 2"]
     stream = ("semiformer-semi, CNN stream", "semiformer-supervised, CNN stream")
     assert found[stream] == ["+5.0 / -1.0", "+2.00", "3.00", "0.7", "1 of 2"]
-    assert len(found) == 5 and (two_seeds / "table.md").read_text() == text + "\n"
-    assert {path.name for path in two_seeds.glob("*.png")} == {"accuracy.png", "pseudo_labels.png"}
+    assert len(found) == 5 and (tmp_path / "table.md").read_text() == text + "\n"
+    assert {path.name for path in tmp_path.glob("*.png")} == {"accuracy.png", "pseudo_labels.png"}
 
 
-def test_smoke_fails_where_a_flag_changes_nothing(tmp_path):
+def test_smoke_fails_where_a_flag_changes_nothing(tmp_path, monkeypatch):
     changes = {"lambda": ("--semi-lambda 4", ("train_loss",)), "mu": ("--mu 0.125", ("labelled",))}
     for name, loss, labelled in (("baseline", 1.0, 4), ("lambda", 1.5, 4), ("mu", 1.0, 4)):
         folder = make_run(tmp_path / "seed0" / name, [{"epoch": 0, "train_loss": loss}])
         extra = {"phases": {"semi-supervised": {"labelled": labelled}}, "images": {"unlabelled": 9}}
         (folder / "run.json").write_text(json.dumps(json.loads((folder / "run.json").read_text()) | extra))
+    monkeypatch.setattr(study_report, "CHANGES", changes)
     with pytest.raises(RuntimeError, match="^No quantity changed that should: mu; "):
-        study_report.write_report("smoke", tmp_path, [], [0], changes)
+        study_report.write_report("smoke", tmp_path, [0])
     rows = cells((tmp_path / "table.md").read_text())
     assert rows[1:] == [
         ["lambda", "`--semi-lambda 4`", "train_loss", "1", "1.5", "True"],

@@ -1,0 +1,66 @@
+"""The named runs of the study: for each suite, {name: flags of semi_main.py}."""
+
+VALIDATION = 2000  # training images that --tune keeps apart
+COMMON = """--data-set FASHION --input-size 64 --amp bf16 --warmup-epochs 0 --mixup 0 --cutmix 0
+    --no-repeated-aug --smoothing 0 --drop-path 0 --num_workers 0"""
+LENGTH = "--epochs 30 --steps-per-epoch 100 --evaluate-freq 5 --no-model-ema"
+SUPERVISED = "--supervise-only --batch-size 8"  # 4 images, as in SEMI, are too few for BatchNorm's statistics
+SEMI = "--batch-size 16 --mu 0.25 --threshold 0.9 --semi-lambda 1"
+NETWORKS = {  # within 20 % of one another in parameters
+    "vit": "--model deit_micro_patch16_224 --lr 1e-3",
+    "cnn": "--model conv_micro --lr 1e-3",
+    "semiformer": "--model Semiformer_micro_patch16 --lr 1e-3",
+}
+MAIN = {
+    f"{network}-{how}": f"{COMMON} {LENGTH} {flags} {learning}"
+    for network, flags in NETWORKS.items()
+    for how, learning in (("supervised", SUPERVISED), ("semi", SEMI))
+}
+# What each flag must change besides the accuracy: meters of the log, or entries of run.json.
+POLICIES = """transformer fuse softmax_fuse Vote_equal Vote_cnnBias Vote_larger Vote_larger2 Vote_equal2 weight_v1
+    weight_v2 weight_v3 weight_v4 weight_v5 weight_v6""".split()
+PSEUDO = ("train_mask_rate", "train_loss_0_u", "train_loss_1_u")
+CHANGES = {  # name: (flags, quantities that must differ from the baseline's)
+    **{f"policy-{name}": (f"--pseudo-type {name}", PSEUDO) for name in POLICIES},
+    "no-fusion": ("--remove-fcu", ("train_loss_0", "train_loss_1")),
+    "threshold": ("--threshold 0.5", ("train_mask_rate",)),
+    "mu": ("--mu 0.125", ("labelled", "unlabelled")),
+    "lambda": ("--semi-lambda 4", ("train_loss",)),
+    "smoothing": ("--smoothing 0.1", ("train_loss_0", "train_loss_1")),
+    "unlabelled-smoothing": ("--smoothing 0.1 --unlabel-smooth", ("train_loss_0_u", "train_loss_1_u")),
+    "ema": ("--model-ema-decay 0.9", ("test_ema_acc1", "test_ema_loss")),
+    "consistency-triplet": ("--dual-consistency", ("train_loss_consistency",)),
+    "consistency-infonce": ("--dual-consistency --consistency-type infonce", ("train_loss_consistency",)),
+    "position-embedding": ("--model Semiformer_PE_micro_patch16", ("n_parameters",)),
+    "labelled-excluded": ("--unlabelDataset_exclude_labeledData", ("unlabelled_images",)),
+}
+BASE = MAIN["semiformer-semi"].replace("--no-model-ema", "--model-ema-decay 0.99")
+ABLATION = {"baseline": BASE} | {name: f"{BASE} {flags}" for name, (flags, _) in CHANGES.items()}
+# The temperature is so low that an untrained network is confident of some images. The log has a line every five steps.
+BRIEF = "--epochs 4 --steps-per-epoch 5 --evaluate-freq 1 --batch-size 16 --temperature 0.15 --threshold 0.7"
+SMOKE = {"baseline": f"{BASE} {BRIEF}"} | {name: f"{BASE} {BRIEF} {flags}" for name, (flags, _) in CHANGES.items()}
+
+# ------------------------------------------------------------------------------- the methods after 2022
+
+FEW = "--epochs 30 --steps-per-epoch 50 --evaluate-freq 10"  # 1,500 steps
+SHARED = f"{COMMON} {FEW} {NETWORKS['semiformer']} --batch-size 16 --mu 0.25"
+
+
+def method(flags, ema=False):
+    """The flags of a run of 1,500 steps with pseudo labels; without `ema` no average is kept, which takes time."""
+    return f"{SHARED} {'' if ema else '--no-model-ema '}{flags}"
+
+
+# Every trial of the search for settings; it is run on kept-apart training images only (--tune).
+TRIALS = {
+    "supervised": f"{COMMON} {FEW} --no-model-ema {NETWORKS['semiformer']} {SUPERVISED}",
+    "fixed-0.95": method("--threshold 0.95"),
+    "fixed-0.9": method("--threshold 0.9"),
+    "fixed-0.8": method("--threshold 0.8"),
+    "fixed-0.9-lambda-1": method("--threshold 0.9 --semi-lambda 1"),
+}
+METHODS = {}
+
+LABELS = {"main": 100, "trials": 40, "methods": 40, "ablation": 100, "smoke": 100}
+TUNED = ("trials",)  # suites that are evaluated on kept-apart training images alone
+SUITES = {"main": MAIN, "trials": TRIALS, "methods": METHODS, "ablation": ABLATION, "smoke": SMOKE}
