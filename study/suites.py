@@ -54,10 +54,21 @@ def method(flags, ema=False):
 # Every trial of the search for settings; it is run on kept-apart training images only (--tune).
 TRIALS = {
     "supervised": f"{COMMON} {FEW} --no-model-ema {NETWORKS['semiformer']} {SUPERVISED}",
-    "fixed-0.95": method("--threshold 0.95"),
-    "fixed-0.9": method("--threshold 0.9"),
-    "fixed-0.8": method("--threshold 0.8"),
+    "fixed-0.95": method("--threshold 0.95"),  # --semi-lambda 10, the default
+    "fixed-0.95-lambda-1": method("--threshold 0.95 --semi-lambda 1"),
     "fixed-0.9-lambda-1": method("--threshold 0.9 --semi-lambda 1"),
+    "fixed-0.95-lambda-1-from-10": method("--threshold 0.95 --semi-lambda 1 --semi-start-epoch 10"),
+    "flex-0.95": method("--confidence flex --threshold 0.95 --semi-lambda 1"),
+    "free": method("--confidence free --fairness-lambda 0.01 --confidence-momentum 0.99 --semi-lambda 1"),
+    "soft": method("--confidence soft --align uniform --confidence-momentum 0.99 --semi-lambda 1"),
+    "ada-0.9": method("--confidence ada --align labelled --confidence-momentum 0.99 --threshold 0.9 --semi-lambda 1"),
+    "teacher-0.99": method("--teacher ema --model-ema-decay 0.99 --threshold 0.9 --semi-lambda 1", ema=True),
+    "pseudo-mixup-0.9": method("--pseudo-mixup --threshold 0.9 --semi-lambda 1"),
+    "soft-teacher-0.99": method(
+        "--confidence soft --align uniform --confidence-momentum 0.99 --teacher ema --model-ema-decay 0.99 "
+        "--semi-lambda 1",
+        ema=True,
+    ),
 }
 METHODS = {}
 
