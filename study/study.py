@@ -26,7 +26,8 @@ import numpy as np
 from images.fashion import OWN_CLASSES, fashion, write_idx
 from script.compare_runs import read_flags, read_log
 from study import study_report
-from study.suites import LABELS, SUITES, TUNED, VALIDATION
+from study.make_clipart import write_clipart
+from study.suites import CLIPART, LABELS, SUITES, TUNED, VALIDATION
 from utils import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +53,23 @@ def write_labelled(path, source, labels, seed):
     drawn = [rng.choice(np.flatnonzero(targets == c), labels // 10, replace=False) for c in range(10)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{i}\n" for i in np.sort(np.concatenate(drawn))))
+
+
+def prepare(suite, folder, source, labels, seed, tune):
+    """Make the data of a suite and a seed where they are missing; returns (data path, split file)."""
+    own = folder / f"seed{seed}"
+    if suite in CLIPART:
+        data, split = own / "data", own / "data/labelled.txt"
+        if not split.is_file():  # it is written last
+            write_clipart(data, labels, seed, tune, source)
+        return data, split
+    if tune or suite == "smoke":
+        part = folder / "part"
+        if not part.is_dir():
+            write_part(part, source, *((55_000, VALIDATION) if tune else (400, 100)))
+        source = part
+    write_labelled(own / "labelled.txt", source, labels, seed)
+    return source, own / "labelled.txt"
 
 
 # ---------------------------------------------------------------------------------------------- running
@@ -99,14 +117,14 @@ def run(folder, flags, places, threads):
     return entry
 
 
-def run_all(args, folder, data):
+def run_all(args, folder, tune):
     """Run the suite's runs for every seed, `--jobs` at a time, and add a line to the results for each that ends."""
     results, threads = folder / "results.jsonl", max(1, (os.cpu_count() or 1) // args.jobs)
 
-    def run_and_record(name, seed, flags):
+    def run_and_record(name, seed, flags, data, split):
         if finished(results, name, seed, flags):
             return
-        run_folder, split = folder / f"seed{seed}" / name, folder / f"seed{seed}/labelled.txt"
+        run_folder = folder / f"seed{seed}" / name
         places = ["--device", args.device, "--data-path", str(data), "--data-split-file", str(split)]
         spent = run(run_folder, flags, [*places, "--seed", str(seed)], threads)
         line = {"name": name, "seed": seed, "labels": args.labels, "flags": flags} | spent
@@ -118,9 +136,10 @@ def run_all(args, folder, data):
 
     jobs = []
     for seed in args.seeds:
-        write_labelled(folder / f"seed{seed}/labelled.txt", data, args.labels, seed)
-        names = [name for name in SUITES[args.suite] if not args.only or name in args.only]
-        jobs += [(name, seed, " ".join(f"{SUITES[args.suite][name]} {' '.join(args.flags)}".split())) for name in names]
+        places = prepare(args.suite, folder, Path(args.data_path).resolve(), args.labels, seed, tune)
+        for name, flags in SUITES[args.suite].items():
+            if not args.only or name in args.only:
+                jobs.append((name, seed, " ".join(f"{flags} {' '.join(args.flags)}".split()), *places))
     with ThreadPoolExecutor(args.jobs) as pool:
         for future in [pool.submit(run_and_record, *job) for job in jobs]:
             future.result()
@@ -132,7 +151,9 @@ def main():
     parser.add_argument("--suite", choices=SUITES, default="main", help="the suite to run (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of labelled images and training")
     parser.add_argument(
-        "--data-path", required=True, help="folder of Fashion-MNIST's idx files, downloaded there if missing"
+        "--data-path",
+        required=True,
+        help="folder of Fashion-MNIST's idx files, downloaded there if missing; of Open Clip Art for its suites",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda, for every run (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=ROOT / "output/study", help="folder of the runs")
@@ -146,13 +167,7 @@ def main():
     tune = args.tune or args.suite in TUNED
     folder = (args.output / f"{args.suite}-{args.labels}{'-tune' * args.tune}").resolve()
     try:
-        data = Path(args.data_path).resolve()
-        if tune or args.suite == "smoke":
-            part = folder / "part"
-            if not part.is_dir():
-                write_part(part, data, *((55_000, VALIDATION) if tune else (400, 100)))
-            data = part
-        run_all(args, folder, data)
+        run_all(args, folder, tune)
         print(study_report.write_report(args.suite, folder, args.seeds))
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"study.py: error: {error}")

@@ -5,6 +5,7 @@ python -m study.study_report    # the tables and plots of docs/study.md, from st
 
 import json
 import math
+import re
 import statistics
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from script.compare_runs import IGNORED_FLAGS, SHARES, Run, markdown, mean_and_deviation
-from study.suites import CHANGES, SUITES
+from study.suites import CHANGES, SHARED, SUITES
 
 DPI = 150
 COLOURS = {"vit": "#D55E00", "cnn": "#009E73", "semiformer": "#0072B2"}  # Okabe and Ito, 2008
@@ -226,29 +227,44 @@ def draw_methods(runs, path):
         figure.savefig(path)
 
 
-BASELINES = {"ablation": "baseline", "methods": "published", "trials": None}
+def trials_table(lines, names, seeds):
+    """The Markdown table of a search for settings: each trial's flags besides the shared ones, and its top-1s."""
+    found, rows = {(line["name"], line["seed"]): line for line in lines}, []
+    shared = re.split(r" (?=--)", " ".join(f"{SHARED} --no-model-ema".split()))
+    for name in names:
+        trials = [found.get((name, seed)) for seed in seeds]
+        if any(trials):
+            flags = re.split(r" (?=--)", next(filter(None, trials))["flags"])
+            own = " ".join(flag for flag in flags if flag not in shared)
+            top1 = " / ".join(f"{trial['log'][-1]['test_acc1']:.1f}" if trial else "-" for trial in trials)
+            runs = [_run(trial) for trial in trials if trial]
+            figures = [mean_and_deviation(runs, meter) for meter in ("train_pseudo_acc", "train_pseudo_recall")]
+            rows.append([name, f"`{own}`", top1, *figures])
+    header = ["trial", "flags", f"top-1 %, seeds {' / '.join(map(str, seeds))}", "pseudo-label acc. %", "recall %"]
+    return markdown(header, rows, 2)
 
 
-def report(suite, lines, seeds, folder, prefix=""):
-    """The tables of a suite, as text; writes its plots into the folder. Runs without a line of every seed are left out.
+def report(suite, lines, seeds, stem):
+    """The tables of a suite, as text; writes its plots. Runs without a line of every seed are left out.
 
     Args:
         suite: a key of SUITES but "smoke".
         lines: those of its results.
-        prefix: of the plots' names.
+        stem: path that the plots' names begin with.
     """
+    if suite == "trials":
+        return trials_table(lines, SUITES[suite], seeds)
     runs = runs_of(lines, SUITES[suite], seeds)
+    pairs = PAIRS
     if suite == "main":
-        pairs = PAIRS
-        draw_accuracy(runs, folder / f"{prefix}accuracy.png")
-        draw_pseudo_labels(runs, folder / f"{prefix}pseudo_labels.png")
+        draw_accuracy(runs, f"{stem}_accuracy.png")
+        draw_pseudo_labels(runs, f"{stem}_pseudo_labels.png")
     else:
-        base = BASELINES[suite]
+        base = next(iter(SUITES[suite]))
         pairs = [((name, "test_acc1"), (base, "test_acc1")) for name in runs if name != base]
-        if suite == "methods":
-            draw_methods(runs, folder / f"{prefix}methods.png")
-    differences = differences_table(runs, pairs) if pairs and pairs[0][1][0] else ""
-    return f"{results_table(runs)}\n\n{differences}".strip()
+    if suite == "methods":
+        draw_methods(runs, f"{stem}.png")
+    return f"{results_table(runs)}\n\n{differences_table(runs, pairs)}"
 
 
 def write_report(suite, folder, seeds):
@@ -259,8 +275,39 @@ def write_report(suite, folder, seeds):
     if suite == "smoke":
         text, unchanged = smoke_table(folder / f"seed{seeds[0]}", CHANGES)
     else:
-        text, unchanged = report(suite, read_results(folder / "results.jsonl"), seeds, folder), []
+        text, unchanged = report(suite, read_results(folder / "results.jsonl"), seeds, folder / suite), []
     (folder / "table.md").write_text(text + "\n")
     if unchanged:
         raise RuntimeError(f"No quantity changed that should: {', '.join(unchanged)}; see {folder / 'table.md'}.")
     return text
+
+
+def machine(lines):
+    """A sentence on where the runs of a results.jsonl come from."""
+    revisions = ", ".join(dict.fromkeys(line["revision"] for line in lines))
+    versions = dict.fromkeys(f"torch {line['torch']}, timm {line['timm']}" for line in lines)
+    minutes = sum(line["cpu_seconds"] for line in lines) / 60
+    return f"{len(lines)} runs, {minutes:.0f} minutes of CPU time, {'; '.join(versions)}, revisions {revisions}."
+
+
+def write_page(page, results):
+    """Put the tables of all results, SUITE-LABELS.jsonl, into a page, and their plots beside it.
+
+    The page has a place for each: all that stands between the lines `<!-- SUITE-LABELS -->` and `<!-- end -->`. Raises
+    ValueError where it has none.
+    """
+    text = page.read_text(encoding="utf-8")
+    for path in sorted(results.glob("*.jsonl")):
+        lines = read_results(path)
+        place = re.compile(rf"(<!-- {path.stem} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not place.search(text):
+            raise ValueError(f"{page} has no line <!-- {path.stem} --> for the table of {path}: add it.")
+        seeds = sorted({line["seed"] for line in lines})
+        tables = report(path.stem.split("-")[0], lines, seeds, page.parent / f"study_{path.stem}")
+        text = place.sub(lambda found: f"{found[1]}\n{tables}\n\n{machine(lines)}\n\n{found[2]}", text)  # noqa: B023
+    page.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    here = Path(__file__).resolve().parent
+    write_page(here.parent / "docs/study.md", here / "results")

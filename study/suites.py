@@ -73,5 +73,6 @@ TRIALS = {
 METHODS = {}
 
 LABELS = {"main": 100, "trials": 40, "methods": 40, "ablation": 100, "smoke": 100}
+CLIPART = ()  # suites on Open Clip Art; the others are on data in Fashion-MNIST's format
 TUNED = ("trials",)  # suites that are evaluated on kept-apart training images alone
 SUITES = {"main": MAIN, "trials": TRIALS, "methods": METHODS, "ablation": ABLATION, "smoke": SMOKE}

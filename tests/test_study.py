@@ -4,14 +4,15 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import options
 from images import fashion
 from models import build_model
 from pseudo_labels import POLICIES
-from study import study, study_report, suites
+from study import make_clipart, study, study_report, suites
 from tests.test_compare import cells, make_run, record
-from tests.trees import forked, make_fashion, parse
+from tests.trees import draw, forked, make_fashion, parse
 
 TINY = "--model Semiformer_micro_patch16 --input-size 32 --batch-size 4 --mu 0.5 --epochs 2 --steps-per-epoch 1"
 
@@ -80,7 +81,7 @@ def test_runs_are_skipped_when_finished_and_go_on_when_not(tmp_path):
     assert [record["epoch"] for record in line["log"]] == [0, 1] and len(log.splitlines()) == 2
     assert line["log"][-1]["test_acc1"] == json.loads(log.splitlines()[-1])["test_acc1"]
     assert (line["name"], line["seed"], line["labels"], line["args"]["epochs"]) == ("semiformer-semi", 0, 20, 2)
-    assert str(tmp_path) not in first and (suite / "accuracy.png").is_file()
+    assert str(tmp_path) not in first and (suite / "main_accuracy.png").is_file()
     before = (run / "out.txt").read_text()
     assert start(tmp_path, *words).returncode == 0 and (run / "out.txt").read_text() == before
     assert results.read_text() == first
@@ -128,7 +129,66 @@ def test_the_main_report_by_hand(tmp_path):
     stream = ("semiformer-semi, CNN stream", "semiformer-supervised, CNN stream")
     assert found[stream] == ["+5.0 / -1.0", "+2.00", "3.00", "0.7", "1 of 2"]
     assert len(found) == 5 and (tmp_path / "table.md").read_text() == text + "\n"
-    assert {path.name for path in tmp_path.glob("*.png")} == {"accuracy.png", "pseudo_labels.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"main_accuracy.png", "main_pseudo_labels.png"}
+
+
+def test_a_page_gets_the_tables_of_all_results_in_their_places(tmp_path, monkeypatch):
+    shared = " ".join(suites.SHARED.split())
+    monkeypatch.setitem(suites.SUITES, "trials", {"a": "", "b": ""})
+    trials = [
+        line_of("a", 0, [record(1, 50, 40, 30)]) | {"flags": f"{shared} --no-model-ema --threshold 0.9"},
+        line_of("a", 1, [record(1, 60, 40, 30)]) | {"flags": f"{shared} --no-model-ema --threshold 0.9"},
+        line_of("b", 1, [record(1, 70, 40, 30) | {"train_pseudo_acc": 0.5}]) | {"flags": f"{shared} --teacher ema"},
+    ]
+    versions = {"revision": "abc", "torch": "2.6.0", "timm": "1.0"}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/trials-40.jsonl").write_text("".join(f"{json.dumps(x | versions)}\n" for x in trials))
+    page = tmp_path / "study.md"
+    page.write_text("before\n<!-- trials-40 -->\nearlier\n<!-- end -->\nafter\n")
+    study_report.write_page(page, tmp_path / "results")
+    text = page.read_text()
+    table = cells(text[text.index("|") : text.rindex("|") + 1])
+    assert table[0][:3] == ["trial", "flags", "top-1 %, seeds 0 / 1"]
+    assert table[1][:4] == ["a", "`--threshold 0.9`", "50.0 / 60.0", "-"]
+    assert table[2][:4] == ["b", "`--teacher ema`", "- / 70.0", "50.00"]
+    assert "\n3 runs, 2 minutes of CPU time, torch 2.6.0, timm 1.0, revisions abc.\n" in text
+    assert text.startswith("before\n<!-- trials-40 -->\n") and text.endswith("<!-- end -->\nafter\n")
+    study_report.write_page(page, tmp_path / "results")
+    assert page.read_text() == text and "earlier" not in text
+    page.write_text("no place")
+    with pytest.raises(ValueError, match="has no line <!-- trials-40 -->"):
+        study_report.write_page(page, tmp_path / "results")
+
+
+def test_the_number_of_classes_is_that_of_equally_frequent_ones():
+    records = [{"epoch": 0, "train_pseudo_entropy": np.log(4), "other": 1}, {"epoch": 1, "train_pseudo_entropy": None}]
+    kept = study_report.kept_figures(records)
+    assert kept[0]["train_classes"] == pytest.approx(4) and "other" not in kept[0] and "train_classes" not in kept[1]
+
+
+def test_clip_art_is_divided_once_and_labelled_by_the_seed(tmp_path, monkeypatch):
+    for name, value in (("TRAIN", 6), ("TEST", 3), ("TUNE", 2), ("CATEGORIES", ["a", "b"])):
+        monkeypatch.setattr(make_clipart, name, value)
+    for name in ("a/1.png", "a/x/1.png", *(f"{c}/{i}.png" for c in "ab" for i in range(2, 12))):
+        draw(tmp_path / "source" / name, size=(20, 10))
+
+    def write(out, seed, tune=False, labels=4):
+        make_clipart.write_clipart(tmp_path / out, labels, seed, tune, tmp_path / "source")
+        files = {part: {p.name for p in (tmp_path / out / part).rglob("*.png")} for part in ("train", "val")}
+        return files, [line.split(",") for line in (tmp_path / out / "labelled.txt").read_text().splitlines()]
+
+    (first, lines), (second, others), (tuned, _) = write("0", 0), write("1", 1), write("t", 0, tune=True)
+    assert first == second and lines != others and [len(first[part]) for part in ("train", "val")] == [12, 6]
+    assert [line[1:] for line in lines] == [["0", "0"], ["0", "1"], ["1", "2"], ["1", "3"]]
+    assert {line[0] for line in lines} <= first["train"] and not first["train"] & first["val"]
+    assert tuned["train"] | tuned["val"] == first["train"] and len(tuned["val"]) == 4
+    picture = np.asarray(Image.open(next((tmp_path / "0/train/a").iterdir())))
+    assert picture.shape == (72, 72, 3) and (picture[:17] == 255).all() and (picture[19:53] == (10, 20, 30)).all()
+    with pytest.raises(ValueError, match="^--labels 3 must be a positive multiple of 2, and at most 12"):
+        write("2", 0, labels=3)
+    monkeypatch.setattr(make_clipart, "TEST", 30)
+    with pytest.raises(FileNotFoundError, match="has 12 pictures, and 36 are needed: install"):
+        write("3", 0)
 
 
 def test_smoke_fails_where_a_flag_changes_nothing(tmp_path, monkeypatch):
