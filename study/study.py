@@ -1,10 +1,10 @@
 """The study: named runs of semi_main.py on a small data set, with tables and plots.
 
-    python -m study.study --suite methods --data-path FASHION --seeds 0 1 2 [--device cpu] [--output DIR]
+    python -m study.study --suite main --data-path FASHION --seeds 0 1 2 [--device cpu] [--output DIR]
 
 The suites, in study/suites.py: `main` compares a ViT, a CNN and Semiformer, each trained on labelled images alone and
-with pseudo labels; `methods` compares the methods after 2022; `trials` is the search for their settings; `ablation`
-changes one flag of Semiformer at a time; `smoke` does the same for 20 steps and verifies that each flag changes the
+with pseudo labels; `trials` is the search for settings of the methods after 2022; `ablation` changes one flag of
+Semiformer at a time; `smoke` does the same for 20 steps and verifies that each flag changes the
 quantity it should. A suite has a folder, OUTPUT/SUITE-LABELS, with a folder for each run, seedN/NAME. When a run ends,
 its log becomes a line of results.jsonl there. When started again, the study skips the runs that have a line, resumes
 the others, and rewrites table.md and the plots. `--tune` evaluates on held-out training images, to choose settings.
@@ -26,8 +26,7 @@ import numpy as np
 from images.fashion import OWN_CLASSES, fashion, write_idx
 from script.compare_runs import read_flags, read_log
 from study import study_report
-from study.make_clipart import write_clipart
-from study.suites import CLIPART, LABELS, SUITES, TUNED, VALIDATION
+from study.suites import LABELS, SUITES, TUNED, VALIDATION
 from utils import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,11 +57,6 @@ def write_labelled(path, source, labels, seed):
 def prepare(suite, folder, source, labels, seed, tune):
     """Make the data of a suite and a seed where they are missing; returns (data path, split file)."""
     own = folder / f"seed{seed}"
-    if suite in CLIPART:
-        data, split = own / "data", own / "data/labelled.txt"
-        if not split.is_file():  # it is written last
-            write_clipart(data, labels, seed, tune, source)
-        return data, split
     if tune or suite == "smoke":
         part = folder / "part"
         if not part.is_dir():
@@ -153,7 +147,7 @@ def main():
     parser.add_argument(
         "--data-path",
         required=True,
-        help="folder of Fashion-MNIST's idx files, downloaded there if missing; of Open Clip Art for its suites",
+        help="folder of Fashion-MNIST's idx files, downloaded there if missing",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda, for every run (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=ROOT / "output/study", help="folder of the runs")

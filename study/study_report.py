@@ -7,13 +7,14 @@ import json
 import math
 import re
 import statistics
+import textwrap
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from script.compare_runs import IGNORED_FLAGS, SHARES, Run, markdown, mean_and_deviation
+from script.compare_runs import IGNORED_FLAGS, Run, markdown, mean_and_deviation
 from study.suites import CHANGES, SHARED, SUITES
 
 DPI = 150
@@ -201,32 +202,6 @@ def draw_pseudo_labels(runs, path):
         figure.savefig(path)
 
 
-METHOD_PANELS = {
-    "test_acc1": "top-1, % of evaluation images",
-    "train_pseudo_acc": "correct, % of pseudo labels",
-    "train_pseudo_recall": "correctly labelled, % of images",
-    "train_classes": "classes of the pseudo labels",
-}
-
-
-def draw_methods(runs, path):
-    """Plot top-1, precision, recall and number of classes of the pseudo labels; a colour for each run."""
-    with matplotlib.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(8.3, 6.2), dpi=DPI, layout="constrained")
-        axes = figure.subplots(2, 2, sharex=True)
-        colours = matplotlib.colormaps["tab10"].colors
-        for axis, (meter, label) in zip(axes.flat, METHOD_PANELS.items()):
-            scale = 100 if meter in SHARES else 1
-            for (name, seeds), colour in zip(runs.items(), colours):
-                _curve(axis, seeds, meter, "-", colour, name, scale)
-            axis.set(ylabel=label)
-            axis.grid(alpha=0.3)
-        for axis in axes[1]:
-            axis.set_xlabel("optimizer steps")
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-        figure.savefig(path)
-
-
 def trials_table(lines, names, seeds):
     """The Markdown table of a search for settings: each trial's flags besides the shared ones, and its top-1s."""
     found, rows = {(line["name"], line["seed"]): line for line in lines}, []
@@ -262,8 +237,6 @@ def report(suite, lines, seeds, stem):
     else:
         base = next(iter(SUITES[suite]))
         pairs = [((name, "test_acc1"), (base, "test_acc1")) for name in runs if name != base]
-    if suite == "methods":
-        draw_methods(runs, f"{stem}.png")
     return f"{results_table(runs)}\n\n{differences_table(runs, pairs)}"
 
 
@@ -287,7 +260,8 @@ def machine(lines):
     revisions = ", ".join(dict.fromkeys(line["revision"] for line in lines))
     versions = dict.fromkeys(f"torch {line['torch']}, timm {line['timm']}" for line in lines)
     minutes = sum(line["cpu_seconds"] for line in lines) / 60
-    return f"{len(lines)} runs, {minutes:.0f} minutes of CPU time, {'; '.join(versions)}, revisions {revisions}."
+    text = f"{len(lines)} runs, {minutes:.0f} minutes of CPU time, {'; '.join(versions)}, revisions {revisions}."
+    return textwrap.fill(text, 110)
 
 
 def write_page(page, results):

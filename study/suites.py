@@ -73,9 +73,6 @@ TRIALS = {
         f"{name}-from-10": method(f"{flags} --semi-start-epoch 10", ema) for name, (flags, ema) in CANDIDATES.items()
     },
 }
-METHODS = {}
-
-LABELS = {"main": 100, "trials": 40, "methods": 40, "ablation": 100, "smoke": 100}
-CLIPART = ()  # suites on Open Clip Art; the others are on data in Fashion-MNIST's format
+LABELS = {"main": 100, "trials": 40, "ablation": 100, "smoke": 100}
 TUNED = ("trials",)  # suites that are evaluated on kept-apart training images alone
-SUITES = {"main": MAIN, "trials": TRIALS, "methods": METHODS, "ablation": ABLATION, "smoke": SMOKE}
+SUITES = {"main": MAIN, "trials": TRIALS, "ablation": ABLATION, "smoke": SMOKE}
