@@ -63,6 +63,7 @@ CANDIDATES = {  # name: (flags, whether it needs the average)
     "pseudo-mixup": ("--pseudo-mixup --threshold 0.9 --semi-lambda 1", False),
     "soft-teacher": (f"--confidence soft --align uniform --teacher ema --model-ema-decay 0.99 {LEARNED}", True),
 }
+WIDE = "--batch-size 32 --epochs 20"
 # Every trial of the search for settings; it is run on kept-apart training images only (--tune).
 TRIALS = {
     "supervised": f"{COMMON} {FEW} --no-model-ema {NETWORKS['semiformer']} {SUPERVISED}",
@@ -72,6 +73,10 @@ TRIALS = {
     **{  # pseudo labels begin after 500 supervised steps
         f"{name}-from-10": method(f"{flags} --semi-start-epoch 10", ema) for name, (flags, ema) in CANDIDATES.items()
     },
+    # 1,000 steps of 8 labelled and 24 unlabelled images
+    "supervised-wide": f"{COMMON} {FEW} --no-model-ema {NETWORKS['semiformer']} {SUPERVISED} --epochs 20",
+    "fixed-0.9-wide": method(f"--threshold 0.9 --semi-lambda 1 {WIDE}"),
+    **{f"{name}-wide": method(f"{flags} {WIDE}", ema) for name, (flags, ema) in CANDIDATES.items()},
 }
 LABELS = {"main": 100, "trials": 40, "ablation": 100, "smoke": 100}
 TUNED = ("trials",)  # suites that are evaluated on kept-apart training images alone
