@@ -76,7 +76,7 @@ class Task:
                 "WORLD_SIZE": str(env.num_tasks),
                 "LOCAL_RANK": str(env.local_rank),
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(20_000 + int(env.job_id) % 20_000),
+                "MASTER_PORT": str(utils.master_port(env.job_id)),
             }
         # Slurm may also requeue the job itself (scontrol requeue, a failed node), without a call of checkpoint().
         args = self._resuming_args() if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else self.args

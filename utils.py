@@ -28,6 +28,11 @@ import torch.distributed as dist
 # ---------------------------------------------------------------------------------------------- process group
 
 
+def master_port(job):
+    """The port at which the processes of a Slurm or submitit job meet, below those that Linux hands out itself."""
+    return 20_000 + int(job) % 12_000
+
+
 def _slurm_environment():
     """The variables torchrun would set, from those of a Slurm step of several tasks; {} outside one."""
     env = os.environ
@@ -44,7 +49,7 @@ def _slurm_environment():
         "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": env["SLURM_LOCALID"],
         "MASTER_ADDR": first,
-        "MASTER_PORT": env.get("MASTER_PORT", str(20_000 + int(env["SLURM_JOB_ID"]) % 20_000)),
+        "MASTER_PORT": env.get("MASTER_PORT", str(master_port(env["SLURM_JOB_ID"]))),
     }
 
 
@@ -55,18 +60,39 @@ def check_device_name(device):
 
 
 def check_device(device):
-    """Raise ValueError, one sentence, where this machine does not have the device."""
+    """Raise ValueError, one sentence, where this machine does not have the device or PyTorch has no code for it."""
     check_device_name(device)
     if device == "cpu":
         return
     if not torch.cuda.is_available():
         raise ValueError(f"--device {device}, but PyTorch sees no CUDA GPU here: pass --device cpu.")
-    count = torch.cuda.device_count()
-    if int(device.removeprefix("cuda").lstrip(":") or 0) >= count:
+    count, index = torch.cuda.device_count(), int(device.removeprefix("cuda").lstrip(":") or 0)
+    if index >= count:
         raise ValueError(
             f"--device {device}, but the last of the {count} GPU(s) that PyTorch sees here is cuda:{count - 1}; "
             "each process needs one."
         )
+    capability, built = torch.cuda.get_device_capability(index), torch.cuda.get_arch_list()
+    if not _has_code(capability, built):
+        raise ValueError(
+            f"--device {device} is a {torch.cuda.get_device_name(index)} (sm_{capability[0]}{capability[1]}), for which "
+            f"PyTorch {torch.__version__} has no code ({', '.join(built)}): install a build that has it."
+        )
+
+
+def _has_code(capability, built):
+    """Whether code of the architectures `built` runs on a GPU.
+
+    Machine code (sm_86) runs on GPUs of the same major and at least the same minor capability, intermediate code
+    (compute_86) on all from there on. AMD's architectures (gfx90a) and a build that names none are not judged.
+    """
+    found = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", name) for name in built]
+    if not all(found) or not found:
+        return True
+    versions = [(kind, (int(major), int(minor))) for kind, major, minor in (match.groups() for match in found)]
+    return any(
+        version <= capability and (kind == "compute" or version[0] == capability[0]) for kind, version in versions
+    )
 
 
 def init_distributed(device, dist_url="env://", world_size=1, from_slurm=False):
@@ -90,18 +116,27 @@ def init_distributed(device, dist_url="env://", world_size=1, from_slurm=False):
     if world_size not in (1, world):
         raise ValueError(f"--world_size {world_size}, but the launcher started {world}: use torchrun --nproc_per_node.")
     check_device(device)
-    if device.startswith("cuda") and world > 1:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    on_gpu = device.startswith("cuda")
+    if on_gpu and world > 1:
+        # Slurm can show each task one GPU, its own; torchrun shows all processes the same ones.
+        sees_its_own = torch.cuda.device_count() == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
+        device = f"cuda:{0 if sees_its_own else os.environ['LOCAL_RANK']}"
         check_device(device)
-        torch.cuda.set_device(device)
+    device = torch.device(device)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # for what only says "cuda", such as `Tensor.cuda` and streams
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with(os.getppid())
     if "RANK" in os.environ and world > 1:
-        backend = "nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(
-            backend, init_method=dist_url, world_size=world, rank=int(os.environ["RANK"]), timeout=timedelta(minutes=30)
+            "nccl" if on_gpu else "gloo",
+            init_method=dist_url,
+            world_size=world,
+            rank=int(os.environ["RANK"]),
+            timeout=timedelta(minutes=30),
+            device_id=device if on_gpu else None,
         )
-    return torch.device(device)
+    return device
 
 
 def _end_with(launcher):

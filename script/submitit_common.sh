@@ -8,7 +8,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 submit() {
     exec "${PYTHON:-python3}" "$here/run_with_submitit.py" \
-        --partition "${PARTITION-learnfair}" --shared_folder "${SHARED_FOLDER:-}" --comment "${COMMENT:-}" --use_volta32 \
+        --partition "${PARTITION-learnfair}" --shared_folder "${SHARED_FOLDER:-}" --comment "${COMMENT:-}" \
         --model Semiformer_small_patch16 --data-set SEMI-IMNET --data-path "$DATA_ROOT" --data-split-file "$SPLIT" \
         --batch-size 108 --lr 1e-3 --temperature 1.0 --threshold 0.7 --semi-lambda 4 --semi-start-epoch 30 \
         --pseudo-type cnn --mixup 0 --cutmix 0 --no-repeated-aug --evaluate-freq 10 --num_workers 10 "$@"

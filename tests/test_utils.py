@@ -222,17 +222,17 @@ def test_slurm_step_of_four(alone):
     slurm(alone, MASTER_ADDR="node07")
     assert utils._slurm_environment() == {
         "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node07",
-        "MASTER_PORT": "34567"}  # fmt: skip  # 20,000 + the job's number modulo 20,000
+        "MASTER_PORT": "30567"}  # fmt: skip  # 20,000 + the job's number modulo 12,000
     alone.setenv("MASTER_PORT", "29500")
     assert utils._slurm_environment()["MASTER_PORT"] == "29500"
 
 
 def test_slurm_ports_are_valid_and_differ_between_jobs(alone):
     ports = []
-    for job in (1, 2, 19_999, 20_000, 987_654_321):
+    for job in (1, 2, 11_999, 12_000, 987_654_321):
         slurm(alone, MASTER_ADDR="x", SLURM_JOB_ID=str(job))
         ports.append(int(utils._slurm_environment()["MASTER_PORT"]))
-    assert ports == [20_001, 20_002, 39_999, 20_000, 34_321]
+    assert ports == [20_001, 20_002, 31_999, 20_000, 26_321]  # Linux itself hands out 32,768 and above
 
 
 def test_the_first_host_comes_from_scontrol(alone, tmp_path):
@@ -279,12 +279,27 @@ def test_cuda_without_a_gpu_is_refused(alone):
             init_distributed(device)
 
 
-def test_a_device_that_the_machine_does_not_have_is_refused(alone):
-    alone.setattr(torch.cuda, "is_available", lambda: True)
-    alone.setattr(torch.cuda, "device_count", lambda: 2)
+@pytest.fixture
+def gpus(alone):
+    """A function that makes PyTorch see as many GPUs of a capability; its `chosen` lists the current devices."""
     chosen = []
-    alone.setattr(torch.cuda, "set_device", chosen.append)
+
+    def see(count, capability=(9, 0)):
+        alone.setattr(torch.cuda, "is_available", lambda: True)
+        alone.setattr(torch.cuda, "device_count", lambda: count)
+        alone.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        alone.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100")
+        alone.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90"])
+        alone.setattr(torch.cuda, "set_device", lambda device: chosen.append(device.index))
+
+    see.chosen = chosen
+    return see
+
+
+def test_a_device_that_the_machine_does_not_have_is_refused(alone, gpus):
+    gpus(2)
     assert [init_distributed(device).index for device in ("cuda", "cuda:0", "cuda:1")] == [None, 0, 1]
+    assert gpus.chosen == [0, 1]
     with pytest.raises(ValueError, match="^--device tpu must be cpu, cuda or cuda:N, the N-th GPU counted from 0$"):
         init_distributed("tpu")
     message = (
@@ -296,7 +311,38 @@ def test_a_device_that_the_machine_does_not_have_is_refused(alone):
         alone.setenv(name, value)
     with pytest.raises(ValueError, match=message.format(2)):
         init_distributed("cuda")
-    assert chosen == []
+    assert gpus.chosen == [0, 1]
+
+
+@pytest.mark.parametrize("capability, fits", [
+    ((7, 0), False), ((7, 5), True), ((8, 6), True), ((8, 9), True), ((9, 0), True), ((10, 0), False)])  # fmt: skip
+def test_a_gpu_that_pytorch_has_no_code_for_is_refused(gpus, capability, fits):
+    gpus(1, capability)
+    if fits:
+        utils.check_device("cuda")
+    else:
+        with pytest.raises(ValueError, match=r"^--device cuda is a Tesla V100 \(sm_\d+\), for which PyTorch .* has no "
+                           r"code \(sm_75, sm_80, sm_90\): install a build"):  # fmt: skip
+            utils.check_device("cuda")
+
+
+def test_intermediate_code_runs_on_later_gpus_and_other_names_are_not_judged():
+    assert utils._has_code((12, 0), ["sm_80", "compute_90"]) and not utils._has_code((8, 0), ["sm_86", "compute_90"])
+    assert utils._has_code((9, 4), ["gfx90a"]) and utils._has_code((7, 0), [])
+
+
+@pytest.mark.parametrize("count, launcher, index", [(4, {}, 2), (1, {}, 0), (4, {"TORCHELASTIC_RUN_ID": "x"}, 2)])
+def test_a_rank_that_sees_one_gpu_uses_it(alone, gpus, count, launcher, index):
+    gpus(count)
+    alone.setattr(utils, "_end_with", lambda _: None)
+    joined = []
+    alone.setattr(torch.distributed, "init_process_group", lambda *args, **more: joined.append((args, more)))
+    for name, value in {"RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "2", **launcher}.items():
+        alone.setenv(name, value)
+    assert init_distributed("cuda") == torch.device("cuda", index) and gpus.chosen == [index]
+    ((args, more),) = joined
+    assert args == ("nccl",) and more["device_id"] == torch.device("cuda", index) and more["rank"] == 6
+
 
 
 GROUP = """
