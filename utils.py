@@ -75,8 +75,8 @@ def check_device(device):
     capability, built = torch.cuda.get_device_capability(index), torch.cuda.get_arch_list()
     if not _has_code(capability, built):
         raise ValueError(
-            f"--device {device} is a {torch.cuda.get_device_name(index)} (sm_{capability[0]}{capability[1]}), for which "
-            f"PyTorch {torch.__version__} has no code ({', '.join(built)}): install a build that has it."
+            f"--device {device} is a {torch.cuda.get_device_name(index)} (sm_{capability[0]}{capability[1]}), for "
+            f"which PyTorch {torch.__version__} has no code ({', '.join(built)}): install a build that has it."
         )
 
 

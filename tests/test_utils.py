@@ -344,7 +344,6 @@ def test_a_rank_that_sees_one_gpu_uses_it(alone, gpus, count, launcher, index):
     assert args == ("nccl",) and more["device_id"] == torch.device("cuda", index) and more["rank"] == 6
 
 
-
 GROUP = """
 import torch, utils
 from utils import Meters
