@@ -63,6 +63,16 @@ CANDIDATES = {  # name: (flags, whether it needs the average)
     "pseudo-mixup": ("--pseudo-mixup --threshold 0.9 --semi-lambda 1", False),
     "soft-teacher": (f"--confidence soft --align uniform --teacher ema --model-ema-decay 0.99 {LEARNED}", True),
 }
+SOFT, _ = CANDIDATES["soft"]
+VARIANTS = {  # of soft-wide
+    "labelled-strong": "--labelled-view strong",
+    "fuse": "--pseudo-type fuse",
+    "from-4": "--semi-start-epoch 4",
+    "lambda-2": "--semi-lambda 2",
+    "regularised": "--drop-path 0.1 --smoothing 0.1",
+    "lr-2e-3": "--lr 2e-3",
+    "lr-5e-4": "--lr 5e-4",
+}
 WIDE = "--batch-size 32 --epochs 20"
 # Every trial of the search for settings; it is run on kept-apart training images only (--tune).
 TRIALS = {
@@ -77,6 +87,7 @@ TRIALS = {
     "supervised-wide": f"{COMMON} {FEW} --no-model-ema {NETWORKS['semiformer']} {SUPERVISED} --epochs 20",
     "fixed-0.9-wide": method(f"--threshold 0.9 --semi-lambda 1 {WIDE}"),
     **{f"{name}-wide": method(f"{flags} {WIDE}", ema) for name, (flags, ema) in CANDIDATES.items()},
+    **{f"soft-wide-{name}": method(f"{SOFT} {WIDE} {flags}") for name, flags in VARIANTS.items()},
 }
 LABELS = {"main": 100, "trials": 40, "ablation": 100, "smoke": 100}
 TUNED = ("trials",)  # suites that are evaluated on kept-apart training images alone
