@@ -141,25 +141,28 @@ def _pseudo_mixed(strong, labels, num_classes, recipe):
 
 def _update(state, clip_grad, with_norm):
     """Clip the gradient, step the optimizer and update the EMA; returns the step's part of the diagnosis."""
-    diagnosis, norm = {}, None
-    scale = state.scaler.get_scale() if state.scaler.is_enabled() else None
+    diagnosis, norm, scaled = {}, None, state.scaler.is_enabled()
+    scale = _scale(state) if scaled else 1
     if clip_grad is not None:
         state.scaler.unscale_(state.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad)
     elif with_norm:
         gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) / (scale or 1)
+        norm = torch.nn.utils.get_total_norm(gradients) / scale
     if with_norm:
         diagnosis["grad_norm"] = norm.nan_to_num(posinf=0), norm.isfinite()
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    if scale is not None:
-        # Where fp16 overflows, the scaler skips the step and halves its scale. `scaler.step` has already waited for the
-        # device to find out, so reading the scale costs nothing more.
-        diagnosis["skipped"] = float(state.scaler.get_scale() < scale), 1
+    if scaled:  # where fp16 overflows, the scaler skips the step and halves its scale
+        diagnosis["skipped"] = (_scale(state) < scale).double(), 1
     if state.ema is not None:
         state.ema.update(state.model)
     return diagnosis
+
+
+def _scale(state):
+    """The gradient scaler's factor, 0-d on the device; its `get_scale` would wait for the device."""
+    return state.scaler.scale(torch.ones((), device=next(state.model.parameters()).device))
 
 
 class Watch:

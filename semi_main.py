@@ -24,7 +24,7 @@ from datasets import build_training_sets, build_validation_set
 from engine import evaluate, train_one_epoch
 from images.loading import evaluation_loader, read_batches, to_device, training_loader
 from losses import Recipe
-from models import build_model, enable_grad_checkpointing, fold_batchnorm, has_two_streams
+from models import build_model, channels_last, enable_grad_checkpointing, fold_batchnorm, has_two_streams
 from models.pretrained import hosted_weights
 from options import get_args_parser
 from pseudo_labels import PseudoLabeller
@@ -55,7 +55,7 @@ def _network(args, num_classes, device):
     model = build_model(
         args.model, num_classes, args.input_size, args.drop, args.drop_path, args.drop_block, args.remove_fcu
     )
-    return model.to(device, memory_format=torch.channels_last)  # faster convolutions on CPU and GPU
+    return channels_last(model.to(device))
 
 
 def _average(args, model):
@@ -72,7 +72,20 @@ def _distributed(model, device):
     # DDP would wait for gradients that never come.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, unused)
     # DDP broadcasts rank 0's running statistics before every forward pass, as in the published code.
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    return DistributedDataParallel(
+        model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    )
+
+
+def compile_network(args, model, backend="inductor"):
+    """Compile the network in place (`--compile`).
+
+    Under DDP the graph is split where a bucket of gradients is complete, so that they are exchanged during backward.
+    That cannot be done with activations that are computed again: there they are exchanged after it.
+    """
+    if args.grad_checkpointing:
+        torch._dynamo.config.optimize_ddp = False
+    model.compile(backend=backend)
 
 
 def _evaluate(args, model, images, device, autocast, tally=None):
@@ -176,7 +189,7 @@ class Run:
         self.tensorboard = None
         self._load()
         if args.compile:
-            model.compile()  # in place, after the EMA was copied: the EMA and evaluation copies stay uncompiled
+            compile_network(args, model)  # after the EMA was copied: the EMA and evaluation copies stay uncompiled
 
     def _labeller(self):
         """What turns the logits of weak views into pseudo labels, with all that it learns on the way."""

@@ -208,13 +208,16 @@ def sum_over_ranks(tensor):
 
 def broadcast_buffers(*models):
     """Give every rank rank 0's buffers (BatchNorm statistics), so that a logged figure belongs to a checkpoint."""
-    if dist.is_initialized():
-        for model in models:
-            for buffer in model.buffers():
-                # NCCL transfers GPU tensors only, and --model-ema-force-cpu keeps the average on the CPU.
-                staged = buffer.cuda() if dist.get_backend() == "nccl" else buffer
-                dist.broadcast(staged, src=0)
-                buffer.copy_(staged)
+    buffers = [buffer for model in models for buffer in model.buffers()]
+    if dist.is_initialized() and buffers:
+        # One transfer of all their bytes. NCCL transfers GPU tensors only, and --model-ema-force-cpu keeps the average
+        # on the CPU.
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        parts = [buffer.contiguous().view(-1).view(torch.uint8).to(device) for buffer in buffers]
+        flat = torch.cat(parts)
+        dist.broadcast(flat, src=0)
+        for buffer, part in zip(buffers, flat.split([len(part) for part in parts])):
+            buffer.copy_(part.clone().view(buffer.dtype).view(buffer.shape))
 
 
 def printable(text, kept="\n\t"):

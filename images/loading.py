@@ -11,7 +11,7 @@ import threading
 import time
 from array import array
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch.utils.data import DataLoader, default_collate
@@ -225,9 +225,15 @@ def to_device(batches, device, finish=None, seed=()):
     return _prefetch(finished, device) if device.type == "cuda" else finished
 
 
+@cache
+def _side_stream(device):
+    """The stream on which batches are made: one for all loaders, as the memory of a stream serves no other one."""
+    return torch.cuda.Stream(device)
+
+
 def _prefetch(batches, device):
     """Yield the batches; each is made on a side stream while the one before it is in use."""
-    side, using, ready = torch.cuda.Stream(device), torch.cuda.current_stream(device), None
+    side, using, ready = _side_stream(device), torch.cuda.current_stream(device), None
     side.wait_stream(using)  # for the tensors that `finish` holds
     while True:
         with torch.cuda.stream(side):

@@ -6,7 +6,7 @@ import timm
 
 from models import baselines, convmixer, semiformer  # noqa: F401  (importing is registering)
 from models.baselines import MyResNet, single_stream
-from models.blocks import fold_batchnorm, update_statistics_once  # noqa: F401  (fold_batchnorm: re-exported)
+from models.blocks import channels_last, fold_batchnorm, update_statistics_once  # noqa: F401  (two are re-exported)
 
 NAMES = [*semiformer.default_cfgs, *convmixer.default_cfgs, *baselines.default_cfgs]  # our own networks
 

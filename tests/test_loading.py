@@ -373,6 +373,14 @@ class OnDevice:
         self.done.append(f"{stream.name} holds {self.name}")
 
 
+def test_all_loaders_of_a_device_share_a_side_stream(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(str(device), []))
+    loading._side_stream.cache_clear()
+    first, again, other = (loading._side_stream(torch.device(name)) for name in ("cuda:0", "cuda:0", "cuda:1"))
+    loading._side_stream.cache_clear()
+    assert first is again and (first.name, other.name) == ("cuda:0", "cuda:1")
+
+
 @pytest.mark.parametrize("n", [0, 1, 3])
 def test_a_batch_is_made_while_the_one_before_is_used(monkeypatch, n):
     done, current = [], ["using"]
@@ -383,7 +391,7 @@ def test_a_batch_is_made_while_the_one_before_is_used(monkeypatch, n):
         yield
         current.pop()
 
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side", done))
+    monkeypatch.setattr(loading, "_side_stream", lambda device: Stream("side", done))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("using", done))
     monkeypatch.setattr(torch.cuda, "stream", stream)
 

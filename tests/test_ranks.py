@@ -1,5 +1,6 @@
 """An error, a kill or a bad loss on one rank ends the whole job, and the messages name the rank."""
 
+import json
 import os
 import subprocess
 import sys
@@ -75,6 +76,19 @@ def test_the_other_rank_ends_too_and_prints_why_in_one_line(words, tmp_path, fau
     assert "Traceback" not in peer
     if fault == "raise":
         assert "[rank1]: Traceback" in culprit and culprit.rstrip().endswith("LookupError: this image is unreadable")
+
+
+def test_a_compiled_network_has_the_gradients_of_the_eager_one_under_ddp(tmp_path):
+    """Two batches, of which the first exchanges nothing; with activations computed again and without."""
+    script = ROOT / "tests/ranks_ddp.py"
+    environments = [env | {"OMP_NUM_THREADS": "1"} for env in ranks(2)]
+    done = forked(script, tmp_path, f"file://{tmp_path}/meeting", environments=environments, timeout=300)
+    assert [each.returncode for each in done] == [0, 0], done
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second and all(first["same"].values())
+    assert first["differences"].pop("True False") == 0 and max(first["differences"].values()) < 1e-12
+    # Split, so that the first gradients are exchanged during backward; not so where activations are computed again.
+    assert first["graphs"]["False"] > 1 and first["graphs"]["True"] == 1
 
 
 def test_a_loss_that_is_not_finite_stops_both_and_names_the_rank_and_its_images(words, tmp_path):
