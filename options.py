@@ -610,6 +610,11 @@ def _hardware_flags(parser):
         action="store_true",
         help="compute activations again in backward instead of keeping them: less memory, slower steps",
     )
+    add(
+        "--deterministic",
+        action="store_true",
+        help="only deterministic algorithms on the GPU: equal runs on GPUs of a type are equal to the bit; slower",
+    )
     add("--use-native-amp", action="store_true", help="the published name of --amp auto")
     add("--no-amp", action="store_true", help="the published name of --amp off")
     add(

@@ -511,6 +511,8 @@ def main(args):
     initial_weight_files(args)  # refuses a flag without its file before any data is read
     if args.tensorboard and not args.eval:
         tensorboard_log.check(args.output_dir)
+    if args.deterministic:
+        utils.make_deterministic()
     device = utils.init_distributed(args.device, args.dist_url, args.world_size, args.use_submitit)
     args = options.fit_workers(args)  # here, because the machine that submitted a job may have other cores
     options.print_notes(args)

@@ -279,6 +279,18 @@ def preserved_cpu_generators():
         torch.set_rng_state(states[2])
 
 
+def make_deterministic():
+    """Let PyTorch use deterministic algorithms alone (`--deterministic`); call it before the first work on a GPU.
+
+    PyTorch raises RuntimeError, naming the operation, where it has no such algorithm.
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # for which cuBLAS promises it
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that takes time
+    torch.backends.cudnn.benchmark = False  # which would choose among algorithms by their speed at the moment
+    torch.backends.cudnn.deterministic = True
+
+
 # ---------------------------------------------------------------------------------------------- meters and logs
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import math
 import re
 from contextlib import redirect_stdout
@@ -521,6 +522,23 @@ def precision_on_gpu(args):
     return autocast.keywords["dtype"] if autocast.keywords["enabled"] else "off", scaler.is_enabled()
 
 
+def algorithms(args):
+    """Whether the network runs with deterministic algorithms alone."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+        patch.setattr(torch.backends.cudnn, "benchmark", True)
+        patch.setattr(torch.backends.cudnn, "deterministic", False)
+        patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+        patch.setattr("semi_main.train", lambda *_: found.append(torch.are_deterministic_algorithms_enabled()))
+        try:
+            main(args)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert found[0] == bool(os.environ["CUBLAS_WORKSPACE_CONFIG"]) == torch.backends.cudnn.deterministic
+    return found[0]
+
+
 def joined(world=1):
     """(backend, address, processes) of the process group among so many, or the device of a lone process."""
 
@@ -865,6 +883,7 @@ FLAGS = {
     "--compile": Row(
         "network", None, "", lambda args: started(args).state.model._compiled_call_impl is not None, (False, True), TINY
     ),
+    "--deterministic": Row("network", None, "", algorithms, (False, True)),
     "--grad-checkpointing": Row("step", None, "", block_runs, (4, 8), f"{TINY} {TEN}"),
     "--no-amp": Row("precision", None, "", precision_on_gpu, ((torch.bfloat16, False), ("off", False))),
     "--use-native-amp": Row(

@@ -31,6 +31,7 @@ NEW = {
     "--confidence",
     "--confidence-momentum",
     "--data-backend",
+    "--deterministic",
     "--fairness-lambda",
     "--grad-checkpointing",
     "--hflip",
@@ -95,6 +96,7 @@ def test_new_flags():
     assert (args.accum_iter, args.compile, args.grad_checkpointing) == (1, False, False)
     assert (parse().tensorboard, parse("--tensorboard").tensorboard) == (False, True)
     assert parse("--steps-per-epoch 7").steps_per_epoch == 7
+    assert (parse().deterministic, parse("--deterministic").deterministic) == (False, True)
     assert (parse().data_backend, parse("--data-backend fast").data_backend) == ("pil", "fast")
     assert list(actions()["--amp"].choices) == ["auto", "off", "fp16", "bf16"]
     assert (parse().layer_decay, parse("--layer-decay 0.75").layer_decay) == (1, 0.75)
@@ -106,7 +108,7 @@ def test_defaults_of_a_namespace_are_the_published_ones():
     expected = {row["dest"]: row["default"] for row in KEPT}
     expected |= {"amp": None, "max_bad_images": 0.001, "steps_per_epoch": 0, "unlabelled_path": ""}
     expected |= {"accum_iter": 1, "compile": False, "data_backend": "pil", "grad_checkpointing": False}
-    expected |= {"tensorboard": False, "overwrite": False, "hflip": 0.5, "scale": [0.08, 1.0]}
+    expected |= {"deterministic": False, "tensorboard": False, "overwrite": False, "hflip": 0.5, "scale": [0.08, 1.0]}
     expected |= {"teacher": "student", "confidence": "fixed", "align": "none", "confidence_momentum": 0.999}
     expected |= {"fairness_lambda": 0.0, "pseudo_mixup": False, "labelled_view": None}
     expected |= {"layer_decay": 1.0, "sched_on_updates": False}

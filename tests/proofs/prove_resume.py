@@ -38,9 +38,14 @@ from training import checkpoint
 ROOT = Path(__file__).resolve().parents[2]
 
 EPOCHS, SEMI, STEPS = 4, 2, 4
-CONFIGURATIONS = list(itertools.product((1, 2), (0, 2), (False, True)))  # processes, workers, repeated augmentation
 PHASES = ("warm-up", "semi-supervised", "evaluation", "checkpoint write")
 FORK = multiprocessing.get_context("fork")
+
+
+def configurations(device):
+    """[(processes, workers, repeated augmentation, device)]; on GPUs no more processes than there are."""
+    processes = (1, 2) if device == "cpu" or torch.cuda.device_count() > 1 else (1, 1)
+    return list(itertools.product(processes, (0, 2), (False, True), (device,)))
 
 
 def make_images(root):
@@ -59,12 +64,12 @@ def make_images(root):
 
 def flags(data, folder, configuration):
     """The command line of a run, as a list of words."""
-    _, workers, repeated = configuration
+    _, workers, repeated, device = configuration
     words = f"""--data-set SEMI-IMNET --data-path {data} --data-split-file {data}/labelled.txt --output_dir {folder}
         --model Semiformer_micro_patch16 --input-size 48 --batch-size 4 --mu 0.5 --threshold 0.3 --mixup 0 --cutmix 0
         --epochs {EPOCHS} --semi-start-epoch {SEMI} --steps-per-epoch {STEPS} --warmup-epochs 1 --model-ema-decay 0.5
-        --device cpu --num_workers {workers} --{"" if repeated else "no-"}repeated-aug --resume auto"""
-    return words.split()
+        --num_workers {workers} --{"" if repeated else "no-"}repeated-aug --resume auto --device {device}"""
+    return words.split() + ["--deterministic"] * (device != "cpu")
 
 
 def _run_rank(words, rank, processes, rendezvous):
@@ -194,14 +199,14 @@ def differences(folder, reference):
     return found + (["log.txt"] if logs[0] != logs[1] else [])
 
 
-def one_kill(number, seed, data, work, references):
+def one_kill(number, seed, data, work, references, device):
     """Kill a run, resume it and compare; returns a row of the table, whose last cell is 'yes' or what differs.
 
     `references` maps a configuration to the output folder of its unkilled run, which is trained where it is missing.
     """
     rng = random.Random(1000 * seed + number)
-    configuration, phase = CONFIGURATIONS[number * 5 % 8], PHASES[(number + number // 8) % 4]
-    processes, workers, repeated = configuration
+    configuration, phase = configurations(device)[number * 5 % 8], PHASES[(number + number // 8) % 4]
+    processes, workers, repeated, _ = configuration
     as_program = number % 10 == 0
     if configuration not in references:
         references[configuration] = work / f"reference{len(references)}"
@@ -225,9 +230,9 @@ def one_kill(number, seed, data, work, references):
     return *cells, ", ".join(result) or "yes"
 
 
-def full_disk(data, work, references):
+def full_disk(data, work, references, device):
     """Train onto a disk that fills up, then resume with more space; returns (a sentence on the outcome, success)."""
-    disk, configuration = work / "disk", CONFIGURATIONS[0]
+    disk, configuration = work / "disk", configurations(device)[0]
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=90m", "none", disk]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
@@ -263,10 +268,10 @@ def main(args):
         make_images(work / "data")
         identical = 0
         for number in range(kills):
-            row = one_kill(number, args.seed, work / "data", work, references)
+            row = one_kill(number, args.seed, work / "data", work, references, args.device)
             identical += row[-1] == "yes"
             print("| " + " | ".join(map(str, row)) + " |", flush=True)
-        sentence, success = ("", True) if args.quick else full_disk(work / "data", work, references)
+        sentence, success = ("", True) if args.quick else full_disk(work / "data", work, references, args.device)
     print(f"\n{sentence}\n\nSeed {args.seed}, torch {torch.__version__}, {time.time() - start:.0f} s.\n")
     print(f"{kills} kills, {identical} identical")
     if identical < kills or not success:
@@ -276,6 +281,7 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30, help="number of kills (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, with --deterministic (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="three kills and no full disk")
     main(parser.parse_args())
