@@ -2,8 +2,8 @@
 
 import io
 import json
-import os
 import math
+import os
 import re
 from contextlib import redirect_stdout
 from dataclasses import dataclass
