@@ -1,13 +1,13 @@
 """The study: named runs of semi_main.py on a small data set, with tables and plots.
 
-    python -m study.study --suite main --data-path FASHION --seeds 0 1 2 [--device cpu] [--output DIR]
+    python -m study.study --suite methods --data-path FASHION --seeds 0 1 2 [--device cpu] [--output DIR]
 
-The suites, in study/suites.py: `main` compares a ViT, a CNN and Semiformer, each trained on labelled images alone and
-with pseudo labels; `trials` is the search for settings of the methods after 2022; `ablation` changes one flag of
-Semiformer at a time; `smoke` does the same for 20 steps and verifies that each flag changes the
-quantity it should. A suite has a folder, OUTPUT/SUITE-LABELS, with a folder for each run, seedN/NAME. When a run ends,
+The suites, in study/suites.py: `methods` compares Semiformer with labelled images alone, with the published pseudo
+labels and with those of later methods, and with a CNN and a ViT alone; `trials` is the search for the settings;
+`ablation` changes one flag of Semiformer at a time; `smoke` does the same for 20 steps and verifies that each flag
+changes the quantity it should. A suite has a folder, OUTPUT/SUITE-LABELS, with a folder for each run, seedN/NAME. When a run ends,
 its log becomes a line of results.jsonl there. When started again, the study skips the runs that have a line, resumes
-the others, and rewrites table.md and the plots. `--tune` evaluates on held-out training images, to choose settings.
+the others, and rewrites table.md and the plot. `--tune` evaluates on held-out training images, to choose settings.
 Flags after `--` are added to those of every run.
 """
 
@@ -26,6 +26,7 @@ import numpy as np
 from images.fashion import OWN_CLASSES, fashion, write_idx
 from script.compare_runs import read_flags, read_log
 from study import study_report
+from study.make_clipart import write_clipart
 from study.suites import LABELS, SUITES, TUNED, VALIDATION
 from utils import environment
 
@@ -57,6 +58,11 @@ def write_labelled(path, source, labels, seed):
 def prepare(suite, folder, source, labels, seed, tune):
     """Make the data of a suite and a seed where they are missing; returns (data path, split file)."""
     own = folder / f"seed{seed}"
+    if suite.startswith("clipart"):
+        data, split = own / "data", own / "data/labelled.txt"
+        if not split.is_file():  # it is written last
+            write_clipart(data, labels, seed, tune, source)
+        return data, split
     if tune or suite == "smoke":
         part = folder / "part"
         if not part.is_dir():
@@ -142,7 +148,7 @@ def run_all(args, folder, tune):
 def main():
     """Run what is missing, write the report, and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=SUITES, default="main", help="the suite to run (default: %(default)s)")
+    parser.add_argument("--suite", choices=SUITES, default="methods", help="the suite to run (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of labelled images and training")
     parser.add_argument(
         "--data-path",

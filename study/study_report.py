@@ -8,19 +8,16 @@ import math
 import re
 import statistics
 import textwrap
+from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from script.compare_runs import IGNORED_FLAGS, Run, markdown, mean_and_deviation
-from study.suites import CHANGES, SHARED, SUITES
+from script.compare_runs import IGNORED_FLAGS, SHARES, Run, markdown, mean_and_deviation
+from study.suites import CHANGES, METHODS, SHARED, SUITES, TUNED
 
 DPI = 150
-COLOURS = {"vit": "#D55E00", "cnn": "#009E73", "semiformer": "#0072B2"}  # Okabe and Ito, 2008
-TITLES = {"vit": "ViT", "cnn": "CNN", "semiformer": "Semiformer"}
-STYLES = {"supervised": ("--", "labelled images only"), "semi": ("-", "with pseudo labels")}
 COLUMNS = {
     "test_acc1": "top-1 %",
     "test_acc1_head1": "CNN stream %",
@@ -31,16 +28,21 @@ COLUMNS = {
     "train_classes": "classes",
 }
 PAIRS = (  # (run, meter) minus (run, meter)
-    (("semiformer-semi", "test_acc1"), ("semiformer-supervised", "test_acc1")),
-    (("semiformer-semi", "test_acc1_head1"), ("semiformer-supervised", "test_acc1_head1")),
-    (("semiformer-semi", "test_acc1_head2"), ("semiformer-supervised", "test_acc1_head2")),
-    (("semiformer-semi", "test_acc1"), ("cnn-semi", "test_acc1")),
-    (("semiformer-semi", "test_acc1_head1"), ("cnn-semi", "test_acc1")),
-    (("semiformer-semi", "test_acc1_head2"), ("vit-semi", "test_acc1")),
-    (("cnn-semi", "test_acc1"), ("vit-semi", "test_acc1")),
-    (("cnn-semi", "test_acc1"), ("cnn-supervised", "test_acc1")),
-    (("vit-semi", "test_acc1"), ("vit-supervised", "test_acc1")),
+    *(((name, "test_acc1"), ("published", "test_acc1")) for name in (*METHODS, "recipe")),
+    *((("recipe", meter), ("supervised", meter)) for meter in ("test_acc1", "test_acc1_head1", "test_acc1_head2")),
+    (("published", "test_acc1"), ("cnn-published", "test_acc1")),
+    (("recipe", "test_acc1"), ("cnn-recipe", "test_acc1")),
+    (("recipe", "test_acc1_head1"), ("cnn-recipe", "test_acc1")),
+    (("recipe", "test_acc1_head2"), ("vit-recipe", "test_acc1")),
+    (("cnn-recipe", "test_acc1"), ("cnn-published", "test_acc1")),
+    (("cnn-published", "test_acc1"), ("cnn-supervised", "test_acc1")),
 )
+PANELS = {
+    "test_acc1": "top-1, % of evaluation images",
+    "train_pseudo_acc": "correct, % of pseudo labels",
+    "train_pseudo_recall": "correctly labelled, % of images",
+    "train_classes": "classes of the pseudo labels",
+}
 STREAMS = {"test_acc1": "", "test_acc1_head1": ", CNN stream", "test_acc1_head2": ", transformer stream"}
 
 
@@ -73,14 +75,11 @@ def read_results(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def runs_of(lines, names, seeds):
-    """{name: [Run of each seed]} of the runs that have a line for every seed."""
-    found = {(line["name"], line["seed"]): line for line in lines}
-    runs = {}
-    for name in names:
-        if all((name, seed) in found for seed in seeds):
-            runs[name] = [_run(found[name, seed]) for seed in seeds]
-    return runs
+def runs_of(lines, names):
+    """{name: [its Runs, in the order of their seeds]} of the names that have a line."""
+    lines = sorted(lines, key=lambda line: line["seed"])
+    runs = {name: [_run(line) for line in lines if line["name"] == name] for name in names}
+    return {name: found for name, found in runs.items() if found}
 
 
 def _run(line):
@@ -107,12 +106,16 @@ def results_table(runs):
 
 
 def differences_table(runs, pairs):
-    """The Markdown table of paired differences over the seeds: mean, standard error, and how many are above zero."""
+    """The Markdown table of paired differences over the seeds that both runs have.
+
+    Mean, standard error, and how many are above zero.
+    """
     rows = []
     for (name, meter), (other, other_meter) in pairs:
-        if name not in runs or other not in runs:
+        first, second = ({run.flags["seed"]: run.last for run in runs.get(each, ())} for each in (name, other))
+        differences = [first[seed][meter] - second[seed][other_meter] for seed in first if seed in second]
+        if not differences:
             continue
-        differences = [a.last[meter] - b.last[other_meter] for a, b in zip(runs[name], runs[other])]
         mean, n = statistics.fmean(differences), len(differences)
         error = statistics.stdev(differences) / n**0.5 if n > 1 else None
         each = " / ".join(f"{x:+.1f}" for x in differences)
@@ -146,65 +149,44 @@ def quantities(folder):
     return [constant | {name: value for name, value in line.items() if value is not None} for line in lines]
 
 
-def _curve(axis, runs, meter, style, colour, label=None, scale=1):
-    for i, run in enumerate(runs):
-        points = [(line["epoch"] + 1, line[meter]) for line in run.log if line.get(meter) is not None]
-        if points:
-            steps, values = zip(*points)
-            steps = [n * run.flags["steps_per_epoch"] for n in steps]
-            axis.plot(steps, [scale * v for v in values], style, color=colour, marker="o", markersize=2.5,
-                      linewidth=1.2, label=label if i == 0 else None)  # fmt: skip
+def draw(runs, path):
+    """Plot top-1, precision, recall and number of classes of the pseudo labels over steps.
 
-
-def draw_accuracy(runs, path):
-    """Plot top-1 over steps, with a line for each seed.
-
-    There is a panel for each network, and one for the transformer stream beside the ViT alone.
+    Each run has a colour: a strong line for the mean of its seeds, and a weak one for each of them.
     """
-    panels = {
-        "ViT": {"vit": "test_acc1"},
-        "CNN": {"cnn": "test_acc1"},
-        "Semiformer,\nsum of streams": {"semiformer": "test_acc1"},
-        "Semiformer's transformer\nstream, and the ViT": {"vit": "test_acc1", "semiformer": "test_acc1_head2"},
-    }
-    with matplotlib.rc_context({"font.size": 10}):
-        figure = Figure(figsize=(8.3, 3.9), dpi=DPI, layout="constrained")
-        axes = figure.subplots(1, len(panels), sharey=True)
-        for axis, (title, meters) in zip(axes, panels.items()):
-            for network, meter in meters.items():
-                for how, (style, _) in STYLES.items():
-                    _curve(axis, runs.get(f"{network}-{how}", []), meter, style, COLOURS[network])
-            axis.set_title(title, fontsize=10)
-            axis.set_xlabel("optimizer steps")
-            axis.grid(alpha=0.3)
-        axes[0].set_ylabel("top-1, % of test images")
-        handles = [Line2D([], [], color="#444444", linestyle=style, label=label) for style, label in STYLES.values()]
-        handles += [Line2D([], [], color=COLOURS[network], linewidth=4, label=TITLES[network]) for network in TITLES]
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-        figure.savefig(path)
-
-
-def draw_pseudo_labels(runs, path):
-    """Plot mask rate and pseudo-label accuracy over steps, with a colour for each network and a line for each seed."""
-    panels = {
-        "train_mask_rate": "mask rate, % of unlabelled images",
-        "train_pseudo_acc": "correct, % of pseudo labels",
-    }
     with matplotlib.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(8.3, 3.2), dpi=DPI, layout="constrained")
-        for axis, (meter, label) in zip(figure.subplots(1, 2), panels.items()):
-            for network, title in TITLES.items():
-                _curve(axis, runs.get(f"{network}-semi", []), meter, "-", COLOURS[network], title, 100)
-            axis.set(xlabel="optimizer steps", ylabel=label)
+        figure = Figure(figsize=(8.3, 6.6), dpi=DPI, layout="constrained")
+        axes = figure.subplots(2, 2, sharex=True)
+        for axis, (meter, label) in zip(axes.flat, PANELS.items()):
+            for i, (name, seeds) in enumerate(runs.items()):
+                _curves(axis, seeds, meter, 100 if meter in SHARES else 1, matplotlib.colormaps["tab20"](i), name)
+            axis.set(ylabel=label)
             axis.grid(alpha=0.3)
-            if axis.lines:
-                axis.legend(frameon=False)
+        for axis in axes[1]:
+            axis.set_xlabel("optimizer steps")
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
         figure.savefig(path)
 
 
-def trials_table(lines, names, seeds):
+def _curves(axis, runs, meter, scale, colour, label):
+    points = defaultdict(list)  # step: the values of the seeds
+    for run in runs:
+        records = [record for record in run.log if record.get(meter) is not None]
+        line = [((each["epoch"] + 1) * run.flags["steps_per_epoch"], scale * each[meter]) for each in records]
+        for step, value in line:
+            points[step].append(value)
+        if line:
+            axis.plot(*zip(*line), color=colour, linewidth=0.6, alpha=0.35)
+    if points:
+        means = [statistics.fmean(values) for values in points.values()]
+        axis.plot(list(points), means, color=colour, marker="o", markersize=2.5, linewidth=1.6, label=label)
+
+
+def trials_table(lines, names):
     """The Markdown table of a search for settings: each trial's flags besides the shared ones, and its top-1s."""
     found, rows = {(line["name"], line["seed"]): line for line in lines}, []
+    seeds = sorted({line["seed"] for line in lines})
     shared = re.split(r" (?=--)", " ".join(f"{SHARED} --no-model-ema".split()))
     for name in names:
         trials = [found.get((name, seed)) for seed in seeds]
@@ -219,36 +201,34 @@ def trials_table(lines, names, seeds):
     return markdown(header, rows, 2)
 
 
-def report(suite, lines, seeds, stem):
-    """The tables of a suite, as text; writes its plots. Runs without a line of every seed are left out.
+def report(suite, lines, plot):
+    """The tables of a suite, as text; writes its plot.
 
     Args:
         suite: a key of SUITES but "smoke".
         lines: those of its results.
-        stem: path that the plots' names begin with.
+        plot: path of the plot.
     """
-    if suite == "trials":
-        return trials_table(lines, SUITES[suite], seeds)
-    runs = runs_of(lines, SUITES[suite], seeds)
-    pairs = PAIRS
-    if suite == "main":
-        draw_accuracy(runs, f"{stem}_accuracy.png")
-        draw_pseudo_labels(runs, f"{stem}_pseudo_labels.png")
-    else:
-        base = next(iter(SUITES[suite]))
-        pairs = [((name, "test_acc1"), (base, "test_acc1")) for name in runs if name != base]
+    if suite in TUNED:
+        return trials_table(lines, SUITES[suite])
+    runs, pairs = runs_of(lines, SUITES[suite]), PAIRS
+    if suite == "ablation":
+        pairs = [((name, "test_acc1"), ("baseline", "test_acc1")) for name in CHANGES]
+    draw(runs, plot)
     return f"{results_table(runs)}\n\n{differences_table(runs, pairs)}"
 
 
 def write_report(suite, folder, seeds):
-    """Write table.md and the plots of a suite into its folder; returns the text of table.md.
+    """Write table.md and the plot of a suite into its folder; returns the text of table.md.
 
+    Args:
+        seeds: of the smoke suite, whose runs of the first one are compared.
     Raises RuntimeError if a run of the smoke suite changed none of the quantities that it should.
     """
     if suite == "smoke":
         text, unchanged = smoke_table(folder / f"seed{seeds[0]}", CHANGES)
     else:
-        text, unchanged = report(suite, read_results(folder / "results.jsonl"), seeds, folder / suite), []
+        text, unchanged = report(suite, read_results(folder / "results.jsonl"), folder / f"{suite}.png"), []
     (folder / "table.md").write_text(text + "\n")
     if unchanged:
         raise RuntimeError(f"No quantity changed that should: {', '.join(unchanged)}; see {folder / 'table.md'}.")
@@ -276,8 +256,7 @@ def write_page(page, results):
         place = re.compile(rf"(<!-- {path.stem} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not place.search(text):
             raise ValueError(f"{page} has no line <!-- {path.stem} --> for the table of {path}: add it.")
-        seeds = sorted({line["seed"] for line in lines})
-        tables = report(path.stem.split("-")[0], lines, seeds, page.parent / f"study_{path.stem}")
+        tables = report(path.stem.rsplit("-", 1)[0], lines, page.parent / f"study_{path.stem}.png")
         text = place.sub(lambda found: f"{found[1]}\n{tables}\n\n{machine(lines)}\n\n{found[2]}", text)  # noqa: B023
     page.write_text(text, encoding="utf-8")
 

@@ -3,18 +3,11 @@
 VALIDATION = 2000  # training images that --tune keeps apart
 COMMON = """--data-set FASHION --input-size 64 --amp bf16 --warmup-epochs 0 --mixup 0 --cutmix 0
     --no-repeated-aug --smoothing 0 --drop-path 0 --num_workers 0"""
-LENGTH = "--epochs 30 --steps-per-epoch 100 --evaluate-freq 5 --no-model-ema"
-SUPERVISED = "--supervise-only --batch-size 8"  # 4 images, as in SEMI, are too few for BatchNorm's statistics
-SEMI = "--batch-size 16 --mu 0.25 --threshold 0.9 --semi-lambda 1"
+SUPERVISED = "--supervise-only --batch-size 8"  # the labelled images of a step with pseudo labels
 NETWORKS = {  # within 20 % of one another in parameters
-    "vit": "--model deit_micro_patch16_224 --lr 1e-3",
-    "cnn": "--model conv_micro --lr 1e-3",
     "semiformer": "--model Semiformer_micro_patch16 --lr 1e-3",
-}
-MAIN = {
-    f"{network}-{how}": f"{COMMON} {LENGTH} {flags} {learning}"
-    for network, flags in NETWORKS.items()
-    for how, learning in (("supervised", SUPERVISED), ("semi", SEMI))
+    "cnn": "--model conv_micro --lr 1e-3",
+    "vit": "--model deit_micro_patch16_224 --lr 1e-3",
 }
 # What each flag must change besides the accuracy: meters of the log, or entries of run.json.
 POLICIES = """transformer fuse softmax_fuse Vote_equal Vote_cnnBias Vote_larger Vote_larger2 Vote_equal2 weight_v1
@@ -34,7 +27,8 @@ CHANGES = {  # name: (flags, quantities that must differ from the baseline's)
     "position-embedding": ("--model Semiformer_PE_micro_patch16", ("n_parameters",)),
     "labelled-excluded": ("--unlabelDataset_exclude_labeledData", ("unlabelled_images",)),
 }
-BASE = MAIN["semiformer-semi"].replace("--no-model-ema", "--model-ema-decay 0.99")
+BASE = f"""{COMMON} --epochs 30 --steps-per-epoch 100 --evaluate-freq 5 --model-ema-decay 0.99 --batch-size 16 --mu 0.25
+    --threshold 0.9 --semi-lambda 1 {NETWORKS["semiformer"]}"""
 ABLATION = {"baseline": BASE} | {name: f"{BASE} {flags}" for name, (flags, _) in CHANGES.items()}
 # The temperature is so low that an untrained network is confident of some images. The log has a line every five steps.
 BRIEF = "--epochs 4 --steps-per-epoch 5 --evaluate-freq 1 --batch-size 16 --temperature 0.15 --threshold 0.7"
@@ -54,6 +48,7 @@ def method(flags, ema=False):
 # The average of FreeMatch and the like moves with 0.999 over thousands of steps; these runs have 1,500.
 LEARNED = "--confidence-momentum 0.99 --semi-lambda 1"
 CANDIDATES = {  # name: (flags, whether it needs the average)
+    "fixed-0.9": ("--threshold 0.9 --semi-lambda 1", False),
     "fixed": ("--threshold 0.95 --semi-lambda 1", False),
     "flex": ("--confidence flex --threshold 0.95 --semi-lambda 1", False),
     "free": (f"--confidence free --fairness-lambda 0.01 {LEARNED}", False),
@@ -78,17 +73,41 @@ WIDE = "--batch-size 32 --epochs 20"
 TRIALS = {
     "supervised": f"{COMMON} {FEW} --no-model-ema {NETWORKS['semiformer']} {SUPERVISED}",
     "fixed-lambda-10": method("--threshold 0.95"),
-    "fixed-0.9": method("--threshold 0.9 --semi-lambda 1"),
     **{name: method(*settings) for name, settings in CANDIDATES.items()},
     **{  # pseudo labels begin after 500 supervised steps
         f"{name}-from-10": method(f"{flags} --semi-start-epoch 10", ema) for name, (flags, ema) in CANDIDATES.items()
     },
     # 1,000 steps of 8 labelled and 24 unlabelled images
     "supervised-wide": f"{COMMON} {FEW} --no-model-ema {NETWORKS['semiformer']} {SUPERVISED} --epochs 20",
-    "fixed-0.9-wide": method(f"--threshold 0.9 --semi-lambda 1 {WIDE}"),
     **{f"{name}-wide": method(f"{flags} {WIDE}", ema) for name, (flags, ema) in CANDIDATES.items()},
     **{f"soft-wide-{name}": method(f"{SOFT} {WIDE} {flags}") for name, flags in VARIANTS.items()},
 }
-LABELS = {"main": 100, "trials": 40, "ablation": 100, "smoke": 100}
+
+# ------------------------------------------------------------------------------- the comparison, on test images
+
+LENGTH = "--epochs 20 --steps-per-epoch 50 --evaluate-freq 5"  # 1,000 steps
+PUBLISHED, RECIPE = CANDIDATES["fixed-0.9"], CANDIDATES["soft-teacher"]
+
+
+def comparison(common):
+    """The runs that are compared on a data set, whose flags are `common`; the first are of Semiformer."""
+
+    def learning(network, flags, ema=False):
+        average = "" if ema else "--no-model-ema"
+        return f"{common} {LENGTH} {NETWORKS[network]} {average} --batch-size 32 --mu 0.25 {flags}"
+
+    runs = {"supervised": learning("semiformer", SUPERVISED), "published": learning("semiformer", *PUBLISHED)}
+    for name in ("flex", "free", "soft", "ada", "teacher", "pseudo-mixup"):
+        runs[name] = learning("semiformer", *CANDIDATES[name])
+    runs["recipe"] = learning("semiformer", *RECIPE)
+    for network in ("cnn", "vit"):
+        runs[f"{network}-supervised"] = learning(network, SUPERVISED)
+        runs[f"{network}-published"] = learning(network, *PUBLISHED)
+        runs[f"{network}-recipe"] = learning(network, *RECIPE)
+    return runs
+
+
+METHODS = comparison(COMMON)
+LABELS = {"trials": 40, "methods": 40, "ablation": 100, "smoke": 100}
 TUNED = ("trials",)  # suites that are evaluated on kept-apart training images alone
-SUITES = {"main": MAIN, "trials": TRIALS, "ablation": ABLATION, "smoke": SMOKE}
+SUITES = {"trials": TRIALS, "methods": METHODS, "ablation": ABLATION, "smoke": SMOKE}
