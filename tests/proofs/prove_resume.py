@@ -42,10 +42,10 @@ PHASES = ("warm-up", "semi-supervised", "evaluation", "checkpoint write")
 FORK = multiprocessing.get_context("fork")
 
 
-def configurations(device):
-    """[(processes, workers, repeated augmentation, device)]; on GPUs no more processes than there are."""
-    processes = (1, 2) if device == "cpu" or torch.cuda.device_count() > 1 else (1, 1)
-    return list(itertools.product(processes, (0, 2), (False, True), (device,)))
+def configurations(*more):
+    """[(processes, workers, repeated augmentation, further flags)]; on GPUs no more processes than there are."""
+    processes = (1, 2) if "cuda" not in more or torch.cuda.device_count() > 1 else (1, 1)
+    return list(itertools.product(processes, (0, 2), (False, True), (more,)))
 
 
 def make_images(root):
@@ -64,12 +64,12 @@ def make_images(root):
 
 def flags(data, folder, configuration):
     """The command line of a run, as a list of words."""
-    _, workers, repeated, device = configuration
+    _, workers, repeated, more = configuration
     words = f"""--data-set SEMI-IMNET --data-path {data} --data-split-file {data}/labelled.txt --output_dir {folder}
         --model Semiformer_micro_patch16 --input-size 48 --batch-size 4 --mu 0.5 --threshold 0.3 --mixup 0 --cutmix 0
         --epochs {EPOCHS} --semi-start-epoch {SEMI} --steps-per-epoch {STEPS} --warmup-epochs 1 --model-ema-decay 0.5
-        --num_workers {workers} --{"" if repeated else "no-"}repeated-aug --resume auto --device {device}"""
-    return words.split() + ["--deterministic"] * (device != "cpu")
+        --num_workers {workers} --{"" if repeated else "no-"}repeated-aug --resume auto"""
+    return [*words.split(), *more]
 
 
 def _run_rank(words, rank, processes, rendezvous):
@@ -199,13 +199,13 @@ def differences(folder, reference):
     return found + (["log.txt"] if logs[0] != logs[1] else [])
 
 
-def one_kill(number, seed, data, work, references, device):
+def one_kill(number, seed, data, work, references, *more):
     """Kill a run, resume it and compare; returns a row of the table, whose last cell is 'yes' or what differs.
 
     `references` maps a configuration to the output folder of its unkilled run, which is trained where it is missing.
     """
     rng = random.Random(1000 * seed + number)
-    configuration, phase = configurations(device)[number * 5 % 8], PHASES[(number + number // 8) % 4]
+    configuration, phase = configurations(*more)[number * 5 % 8], PHASES[(number + number // 8) % 4]
     processes, workers, repeated, _ = configuration
     as_program = number % 10 == 0
     if configuration not in references:
@@ -230,9 +230,9 @@ def one_kill(number, seed, data, work, references, device):
     return *cells, ", ".join(result) or "yes"
 
 
-def full_disk(data, work, references, device):
+def full_disk(data, work, references, *more):
     """Train onto a disk that fills up, then resume with more space; returns (a sentence on the outcome, success)."""
-    disk, configuration = work / "disk", configurations(device)[0]
+    disk, configuration = work / "disk", configurations(*more)[0]
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=90m", "none", disk]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
@@ -260,6 +260,7 @@ def main(args):
     """Print a table with a row for each kill, the outcome of the full disk, and the totals."""
     start, references = time.time(), {}
     kills = 3 if args.quick else args.kills
+    more = ["--device", args.device] + ["--deterministic"] * (args.device != "cpu")
     torch.set_num_threads(1)
     print("| kill | processes | workers | repeated aug. | started as | landed in | at | identical end |", flush=True)
     print("|---|---|---|---|---|---|---|---|", flush=True)
@@ -268,10 +269,10 @@ def main(args):
         make_images(work / "data")
         identical = 0
         for number in range(kills):
-            row = one_kill(number, args.seed, work / "data", work, references, args.device)
+            row = one_kill(number, args.seed, work / "data", work, references, *more)
             identical += row[-1] == "yes"
             print("| " + " | ".join(map(str, row)) + " |", flush=True)
-        sentence, success = ("", True) if args.quick else full_disk(work / "data", work, references, args.device)
+        sentence, success = ("", True) if args.quick else full_disk(work / "data", work, references, *more)
     print(f"\n{sentence}\n\nSeed {args.seed}, torch {torch.__version__}, {time.time() - start:.0f} s.\n")
     print(f"{kills} kills, {identical} identical")
     if identical < kills or not success:
