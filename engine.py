@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import deque
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch.nn import functional as F
@@ -273,7 +273,6 @@ def _correct(ranked, target):
     return hits[:, 0].mean(), hits.sum(1).mean()
 
 
-@torch.no_grad()
 def evaluate(model, batches, *, autocast, observe=None):
     """Measure accuracy and loss over the images of all ranks, each of which counts exactly once.
 
@@ -286,23 +285,37 @@ def evaluate(model, batches, *, autocast, observe=None):
     (halved cross-entropy of CNN and transformer), `acc1_head1` and `acc5_head1` (CNN), `..._head2` (transformer) and
     `..._softmax` (mean of the two softmaxes); and `images`, their number. Accuracies are in percent.
     """
-    meters = Meters()
-    with evaluating(model):
+    return evaluate_together([model], batches, autocast=autocast, observe=observe)[0]
+
+
+@torch.no_grad()
+def evaluate_together(models, batches, *, autocast, observe=None):
+    """`evaluate` of several networks in one pass over the images; returns the meters of each."""
+    meters = [Meters() for _ in models]
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(evaluating(model))
         for images, target, *_ in batches:
-            with autocast():
-                logits = model(images)
-            logits = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in logits]
-            losses = [F.cross_entropy(x, target) / len(logits) for x in logits]
-            scores = {"": sum(logits)}
-            if len(logits) > 1:
-                scores.update({f"_head{i}": x for i, x in enumerate(logits, 1)})
-                scores["_softmax"] = sum(x.softmax(1) for x in logits)
-                meters.update(len(target), **{f"loss_{i}": loss for i, loss in enumerate(losses)})
-            meters.update(len(target), loss=sum(losses))
-            ranked = {name: _ranked(score) for name, score in scores.items()}
-            for name, classes in ranked.items():
-                top1, top5 = _correct(classes, target)
-                meters.update(len(target), **{f"acc1{name}": top1, f"acc5{name}": top5})
-            if observe:
-                observe(scores, ranked, target)
-    return {**meters.means_over_ranks(), "images": meters.count_over_ranks("loss")}
+            for model, own in zip(models, meters):
+                with autocast():
+                    logits = model(images)
+                _measure(logits, target, own, observe)
+    return [{**own.means_over_ranks(), "images": own.count_over_ranks("loss")} for own in meters]
+
+
+def _measure(logits, target, meters, observe):
+    """Add the accuracies and losses of a batch to the meters."""
+    logits = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in logits]
+    losses = [F.cross_entropy(x, target) / len(logits) for x in logits]
+    scores = {"": sum(logits)}
+    if len(logits) > 1:
+        scores.update({f"_head{i}": x for i, x in enumerate(logits, 1)})
+        scores["_softmax"] = sum(x.softmax(1) for x in logits)
+        meters.update(len(target), **{f"loss_{i}": loss for i, loss in enumerate(losses)})
+    meters.update(len(target), loss=sum(losses))
+    ranked = {name: _ranked(score) for name, score in scores.items()}
+    for name, classes in ranked.items():
+        top1, top5 = _correct(classes, target)
+        meters.update(len(target), **{f"acc1{name}": top1, f"acc5{name}": top5})
+    if observe:
+        observe(scores, ranked, target)

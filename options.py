@@ -542,7 +542,7 @@ def _ema_flags(parser):
         help="keep none; the default shown is that of --model-ema",
     )
     add("--model-ema-decay", type=float, default=0.99996, help="share of the old average kept in a step, 0 to 1")
-    add("--model-ema-force-cpu", action="store_true", help="keep the average in main memory")
+    add("--model-ema-force-cpu", action="store_true", help="keep the average in main memory; a slow copy in every step")
 
 
 def _checkpoint_flags(parser):

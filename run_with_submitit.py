@@ -158,7 +158,8 @@ def build_executor(args, folder):
         slurm_partition=args.partition or None,
         slurm_comment=args.comment or None,
         slurm_constraint="volta32gb" if args.use_volta32 else None,
-        slurm_srun_args=["--kill-on-bad-exit=1"],  # otherwise the other tasks would wait for a failed one
+        # The other tasks would wait for a failed one; from Slurm 22.05 on, srun does not take the job's number of CPUs.
+        slurm_srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={CPUS_PER_TASK}"],
         slurm_additional_parameters={"requeue": True},  # for clusters that do not allow it by default
     )
     return executor

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import options
 import utils
 from datasets import build_training_sets, build_validation_set
-from engine import evaluate, train_one_epoch
+from engine import evaluate_together, train_one_epoch
 from images.loading import evaluation_loader, read_batches, to_device, training_loader
 from losses import Recipe
 from models import build_model, channels_last, enable_grad_checkpointing, fold_batchnorm, has_two_streams
@@ -88,7 +88,8 @@ def compile_network(args, model, backend="inductor"):
     model.compile(backend=backend)
 
 
-def _evaluate(args, model, images, device, autocast, tally=None):
+def _evaluate(args, models, images, device, autocast, tally=None):
+    """The meters of each of the networks, which see every image in one pass; a tally takes a single network."""
     world, rank = utils.world_and_rank()
     loader = evaluation_loader(
         images,
@@ -99,9 +100,10 @@ def _evaluate(args, model, images, device, autocast, tally=None):
         pin_memory=args.pin_mem and device.type == "cuda",
     )
     batches = to_device(read_batches(loader), device, images.finish)
+    folded = [fold_batchnorm(model) for model in models]
     if tally is None:
-        return evaluate(fold_batchnorm(model), batches, autocast=autocast)
-    return evaluate(fold_batchnorm(model), tally.clocked(batches), autocast=autocast, observe=tally.add)
+        return evaluate_together(folded, batches, autocast=autocast)
+    return evaluate_together(folded, tally.clocked(batches), autocast=autocast, observe=tally.add)
 
 
 def _summary(name, meters):
@@ -136,7 +138,7 @@ def evaluate_checkpoint(args, device):
 
     def measured(name, prefix):
         tally = report.Tally(len(classes), device)
-        meters = _evaluate(args, model, images, device, autocast, tally)
+        (meters,) = _evaluate(args, [model], images, device, autocast, tally)
         meters |= tally.over_ranks()
         print_main(_summary(name, meters) + ", " + report.summary(meters))
         if args.output_dir:
@@ -379,15 +381,15 @@ class Run:
 
         Raises FloatingPointError where the loss is not finite.
         """
-        args, state = self.args, self.state
-        meters = _evaluate(args, state.model, self.validation, self.device, self.autocast)
-        print_main(_summary("raw", meters))
+        args, state, networks = self.args, self.state, [self.state.model]
         if state.ema is not None:
             on_cpu = args.model_ema_force_cpu and self.device.type == "cuda"
-            average = deepcopy(state.ema.module).to(self.device) if on_cpu else state.ema.module
-            averaged = _evaluate(args, average, self.validation, self.device, self.autocast)
-            print_main(_summary("EMA", averaged))
-            meters |= {f"ema_{name}": value for name, value in averaged.items() if name != "images"}
+            networks.append(deepcopy(state.ema.module).to(self.device) if on_cpu else state.ema.module)
+        meters, *averaged = _evaluate(args, networks, self.validation, self.device, self.autocast)
+        print_main(_summary("raw", meters))
+        for each in averaged:
+            print_main(_summary("EMA", each))
+            meters |= {f"ema_{name}": value for name, value in each.items() if name != "images"}
         meters.pop("images")
         if not math.isfinite(meters["loss"]):
             raise FloatingPointError(

@@ -107,6 +107,23 @@ def test_the_previous_file_stays_and_neither_name_is_ever_missing(tmp_path, monk
     assert set(os.listdir(tmp_path)) - left == {"checkpoint.pth", "checkpoint.prev.pth"}
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_a_second_name_is_a_link_to_the_same_file_where_there_are_links(tmp_path, monkeypatch, links):
+    best, path, previous = (tmp_path / name for name in ("best.pth", "checkpoint.pth", "checkpoint.prev.pth"))
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+    for k in range(3):
+        content = {"epoch": k}
+        checkpoint.save(content, best)
+        checkpoint.save_again(content, best, path, previous)
+        assert [checkpoint.read(each)["epoch"] for each in (best, path)] == [k, k]
+        assert os.path.samefile(best, path) == links
+        assert k == 0 or checkpoint.read(previous)["epoch"] == k - 1
+    checkpoint.save({"epoch": 3}, path, previous)  # an epoch that is not the best
+    assert [checkpoint.read(each)["epoch"] for each in (best, path, previous)] == [2, 3, 2]
+    assert not list(tmp_path.glob("*.tmp")) or not links
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A real file system of 256 KiB."""

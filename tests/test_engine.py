@@ -288,6 +288,15 @@ def test_evaluation_equals_a_slow_loop_over_images_and_weighs_images_not_batches
     assert ours == pytest.approx({name: value / total for name, value in sums.items()}, rel=1e-12)
 
 
+def test_networks_that_see_each_batch_together_are_measured_as_alone():
+    torch.manual_seed(0)
+    models = [Linear(classes=7), Linear(classes=7), Linear(classes=7, streams=1)]
+    data = [(torch.randn(n, 3, 2, 2), torch.randint(7, (n,))) for n in (5, 5, 2)]
+    together = engine.evaluate_together([model.train() for model in models], iter(data), autocast=nullcontext)
+    assert all(model.training for model in models) and together[0] != together[1]
+    assert together == [evaluate(model, data, autocast=nullcontext) for model in models]
+
+
 def test_evaluation_of_one_stream_and_of_fewer_classes_than_five():
     model = Linear(classes=3, streams=1)
     meters = evaluate(model, [(torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 2, 0]))], autocast=nullcontext)

@@ -468,10 +468,10 @@ def loaders(args):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("training_loader", "evaluation_loader"):
             patch.setattr(semi_main, name, recorded)
-        for name in ("train_one_epoch", "evaluate"):
+        for name in ("train_one_epoch", "evaluate_together"):
             patch.setattr(semi_main, name, lambda *_, **__: {})
         run.train_epoch(0)
-        semi_main._evaluate(args, run.state.model, run.validation, CUDA, run.autocast)
+        semi_main._evaluate(args, [run.state.model], run.validation, CUDA, run.autocast)
     return seen
 
 
@@ -481,8 +481,8 @@ def evaluation_batch(args):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(semi_main, "evaluation_loader", lambda views, size, **_: seen.append(size))
         patch.setattr(semi_main, "to_device", lambda *_: None)
-        patch.setattr(semi_main, "evaluate", lambda *_, **__: None)
-        semi_main._evaluate(args, run.state.model, run.validation, CPU, run.autocast)
+        patch.setattr(semi_main, "evaluate_together", lambda *_, **__: None)
+        semi_main._evaluate(args, [run.state.model], run.validation, CPU, run.autocast)
     return seen[0]
 
 

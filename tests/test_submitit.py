@@ -150,7 +150,7 @@ def test_what_slurm_is_asked_for(slurm, capsys, words, changed):
     assert capsys.readouterr().out == expected_output
     assert {key: got.get(key) for key in expected} == expected
     assert ("constraint" in got, "comment" in got) == ("constraint" in changed, "comment" in changed)
-    assert " --kill-on-bad-exit=1 " in (folder / "4711_submission.sh").read_text()
+    assert " --kill-on-bad-exit=1 --cpus-per-task=10 " in (folder / "4711_submission.sh").read_text()
     submitted = pickle.loads((folder / "4711_submitted.pkl").read_bytes())
     assert submitted._timeout_countdown == 30
     assert submitted.function.args.use_submitit is True and submitted.function.args.dist_url == "env://"

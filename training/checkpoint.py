@@ -18,7 +18,7 @@ import torch
 
 from training import optimization, validation
 from training.downloads import fetch
-from utils import atomic, print_main, write_atomic, writing
+from utils import atomic, print_main, sync_folder, write_atomic, writing
 
 # Classes that a published file may hold beside tensors and plain containers. None of these runs code when unpickled.
 SAFE_CLASSES = [argparse.Namespace, pathlib.Path, pathlib.PosixPath, pathlib.PurePosixPath]
@@ -152,6 +152,21 @@ def save(content, path, previous=None):
             if isinstance(error.__context__, OSError | KeyboardInterrupt):
                 raise error.__context__ from error
             raise
+
+
+def save_again(content, written, path, previous=None):
+    """Let `path` name a file just written with this content too: as a hard link, or saved where there are none."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        os.link(written, temporary)
+    except OSError:  # some file systems (exFAT, some network ones) have no hard links
+        save(content, path, previous)
+        return
+    with writing(path):
+        if previous:
+            _keep(path, previous)
+        os.replace(temporary, path)
+        sync_folder(os.path.dirname(path))
 
 
 def _keep(path, previous):

@@ -280,7 +280,7 @@ class Output:
             utils.on_main(utils.append_json_line, self.folder / LOG, record)
 
     def save(self, content, names, keep_previous=True):
-        """Write an epoch's checkpoints in the order of `names`.
+        """Write an epoch's checkpoints in the order of `names`: one file with several names.
 
         checkpoint.pth should be the last name: a run that is killed before this file is in place repeats the epoch.
         `content()` makes the state to write, on the main process alone. The checkpoint.pth of the epoch before
@@ -288,10 +288,16 @@ class Output:
         """
 
         def write():
-            state = content()
+            state, first = content(), self.folder / names[0]
             for name in names:
-                previous = self.folder / PREVIOUS if name == LATEST and keep_previous else None
-                checkpoint.save(state, self.folder / name, previous)
+                path, previous = (
+                    self.folder / name,
+                    self.folder / PREVIOUS if name == LATEST and keep_previous else None,
+                )
+                if path == first:
+                    checkpoint.save(state, path, previous)
+                else:
+                    checkpoint.save_again(state, first, path, previous)
 
         if self.folder:
             utils.on_main(write)
