@@ -621,8 +621,8 @@ def _hardware_flags(parser):
         "--num_workers",
         default=10,
         type=int,
-        help="worker processes of a data loader; 0: load in the training process; without this flag at most as many "
-        "as the process has cores",
+        help="data workers of a process, divided between labelled and unlabelled images; 0: load in the training "
+        "process; without this flag at most as many as the process has cores",
     )
     add("--pin-mem", action="store_true", default=True, help="pin batches in host memory, for faster copies to the GPU")
     add("--no-pin-mem", action="store_false", dest="pin_mem", help="do not pin; the default shown is that of --pin-mem")

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 import utils
 from images.decoding import UnreadableImage, read_rgb
 from images.folders import images_below, left_out_words
-from images.loading import raw_batches
+from images.loading import by_workers, raw_batches
 from models import fold_batchnorm, pretrained
 from options import Parser
 
@@ -93,7 +93,7 @@ def predict(network, view, paths, top=5, batch_size=64, workers=0, device="cpu")
     list of classes is empty.
     """
     network = fold_batchnorm(network).to(device, memory_format=torch.channels_last)
-    loader = DataLoader(ImageFiles(paths, view), batch_size, num_workers=workers, collate_fn=_collate)
+    loader = DataLoader(ImageFiles(paths, view), batch_size, collate_fn=_collate, **by_workers(workers))
     remaining = iter(paths)
     for images, errors in raw_batches(loader, "--workers"):
         rows = iter(())

@@ -22,7 +22,7 @@ import options
 import utils
 from datasets import build_training_sets, build_validation_set
 from engine import evaluate_together, train_one_epoch
-from images.loading import evaluation_loader, read_batches, to_device, training_loader
+from images.loading import TrainingLoader, divided_workers, evaluation_loader, read_batches, to_device
 from losses import Recipe
 from models import build_model, channels_last, enable_grad_checkpointing, fold_batchnorm, has_two_streams
 from models.pretrained import hosted_weights
@@ -88,6 +88,11 @@ def compile_network(args, model, backend="inductor"):
     model.compile(backend=backend)
 
 
+def _image_bytes(args):
+    """Size in memory of a view on the host."""
+    return 3 * args.input_size**2 * (1 if args.data_backend == "fast" else 4)
+
+
 def _evaluate(args, models, images, device, autocast, tally=None):
     """The meters of each of the networks, which see every image in one pass; a tally takes a single network."""
     world, rank = utils.world_and_rank()
@@ -98,6 +103,7 @@ def _evaluate(args, models, images, device, autocast, tally=None):
         rank=rank,
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and device.type == "cuda",
+        image_bytes=_image_bytes(args),
     )
     batches = to_device(read_batches(loader), device, images.finish)
     folded = [fold_batchnorm(model) for model in models]
@@ -187,6 +193,21 @@ class Run:
             images and training_order(len(images), self.world, self.rank, args.seed, args.repeated_aug)
             for images in (self.labelled, self.unlabelled)
         )
+        self.loaders = {
+            stream: TrainingLoader(
+                images,
+                order,
+                seed=args.seed,
+                rank=self.rank,
+                stream=stream,
+                image_bytes=_image_bytes(args) * len(images.transforms),
+            )
+            for stream, images, order in (
+                (0, self.labelled, self.labelled_order),
+                (1, self.unlabelled, self.unlabelled_order),
+            )
+            if images is not None
+        }
         self.phases = {semi: self._phase(semi) for semi in {self.is_semi(0), self.is_semi(args.epochs - 1)}}
         self.tensorboard = None
         self._load()
@@ -313,26 +334,26 @@ class Run:
             goes_on=self.goes_on,
         )
 
+    def start_loading(self, epoch):
+        """Let the data workers begin with an epoch, if it is one of this run and they have not begun yet."""
+        if epoch < self.args.epochs:
+            *sizes, steps = self.phases[self.is_semi(epoch)]
+            workers = divided_workers(self.args.num_workers, *sizes)
+            pin = self.args.pin_mem and self.device.type == "cuda"
+            for stream, size in enumerate(sizes):
+                if size:
+                    self.loaders[stream].start(epoch, size, steps, workers[stream], pin)
+
     def train_epoch(self, epoch):
         """Train for one epoch. Its meters are `state.pending` until the epoch has been evaluated and logged."""
         args, semi = self.args, self.is_semi(epoch)
-        labelled_batch, unlabelled_batch, steps = self.phases[semi]
+        steps = self.phases[semi][-1]
         utils.seed_everything(args.seed, epoch, self.rank)
+        self.start_loading(epoch)
 
-        def batches(images, order, size, stream):
-            loader = training_loader(
-                images,
-                order,
-                size,
-                steps,
-                seed=args.seed,
-                epoch=epoch,
-                rank=self.rank,
-                num_workers=args.num_workers,
-                stream=stream,
-                pin_memory=args.pin_mem and self.device.type == "cuda",
-            )
-            return to_device(read_batches(loader), self.device, images.finish, (args.seed, epoch, self.rank, stream))
+        def batches(stream, images):
+            read = self.loaders[stream].read()
+            return to_device(read, self.device, images.finish, (args.seed, epoch, self.rank, stream))
 
         meters = train_one_epoch(
             self.state,
@@ -340,8 +361,8 @@ class Run:
             # the groups decide in which order those of more than two ranks are summed, which changes the rounding.
             _distributed(self.state.model, self.device),
             self.state.ema.module if args.teacher == "ema" else self.state.model,
-            batches(self.labelled, self.labelled_order, labelled_batch, 0),
-            batches(self.unlabelled, self.unlabelled_order, unlabelled_batch, 1) if semi else None,
+            batches(0, self.labelled),
+            batches(1, self.unlabelled) if semi else None,
             self.recipe,
             epoch=epoch,
             steps=steps,
@@ -498,6 +519,7 @@ def _train_epochs(run):
         if not is_saved:
             run.train_epoch(epoch)
             if is_saved := run.is_measured(epoch):
+                run.start_loading(epoch + 1)
                 run.save()  # so that neither an error nor a kill in the evaluation costs the epoch
         test_meters = run.evaluate(epoch) if run.is_measured(epoch) else None
         train_meters, state.pending = state.pending, None

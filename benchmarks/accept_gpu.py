@@ -12,11 +12,11 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import tempfile
 import time
-import traceback
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -365,12 +365,7 @@ def _run(name, args, output):
     args.device = torch.device(args.device)
     if args.device.type == "cpu":
         torch.set_num_threads(1)
-    try:
-        passed, figure = PARTS[name][0](args)
-    except Exception as error:  # any error of a part is its result; the traceback is in its text
-        traceback.print_exc()
-        lines = str(error).strip().splitlines() or [""]
-        passed, figure = False, f"{type(error).__name__}: {lines[0]}; see {name}.txt"
+    passed, figure = PARTS[name][0](args)  # an error ends the process, with its traceback in the text
     (output / f"{name}.json").write_text(json.dumps([bool(passed), figure]))
 
 
@@ -389,7 +384,9 @@ def outcome(name, args):
         process.join()
         return "FAIL", f"ended at its limit of {limit} s; see {name}.txt"
     if not result.is_file():
-        return "FAIL", f"ended with status {process.exitcode}; see {name}.txt"
+        errors = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", (args.output / f"{name}.txt").read_text(), re.MULTILINE)
+        cause = errors[-1] if errors else f"ended with status {process.exitcode}"
+        return "FAIL", f"{cause}; see {name}.txt"
     passed, figure = json.loads(result.read_text())
     return "PASS" if passed else "FAIL", figure
 

@@ -9,6 +9,7 @@ to the list. Exits with status 1 if that exceeds 200 MB in any process.
 """
 
 import argparse
+import multiprocessing
 import os
 import re
 import subprocess
@@ -20,11 +21,10 @@ import numpy as np
 from PIL import Image
 
 from datasets import MultiViewDataset
-from images.loading import read_batches, training_loader
+from images.loading import TrainingLoader
 from images.readers import FileSource, Samples
 from images.transforms import weak_view
 from samplers import training_order
-from tests.proofs.prove_memory import children
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,12 +51,13 @@ def measure(images, workers, batches):
     with tempfile.TemporaryDirectory() as folder:
         views = MultiViewDataset(synthetic(Path(folder), images), np.arange(images), weak_view(32), tolerated=0)
         steps = max(batches + 2 * workers, images // BATCH)  # enough for the workers to be busy when they are measured
-        loader = training_loader(views, training_order(images), BATCH, steps, seed=0, epoch=0, rank=0, stream=0,
-                                 num_workers=workers, pin_memory=False)  # fmt: skip
-        loaded = read_batches(loader)
+        loader = TrainingLoader(views, training_order(images), seed=0, rank=0, stream=0)
+        loader.start(0, BATCH, steps, workers)
+        loaded = loader.read()
         for _ in range(batches):
             next(loaded)
-        return [proportional(process) for process in (os.getpid(), *children(os.getpid()))]
+        workers = [each.pid for each in multiprocessing.active_children()]
+        return [proportional(process) for process in (os.getpid(), *workers)]
 
 
 def main():

@@ -2,41 +2,94 @@
 
 Every image's random draws depend on (seed, epoch, rank, stream, place in the epoch's order) alone, so that the number
 of workers never changes a batch.
+
+Workers are started by Python's fork server, a process that has imported what they need and runs nothing else: a fork of
+the training process, beside the threads of gloo or NCCL, can hang.
 """
 
+import multiprocessing
 import os
 import signal
 import sys
-import threading
-import time
+import weakref
 from array import array
-from contextlib import ExitStack
-from functools import cache, partial
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from multiprocessing import resource_tracker
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, default_collate
 
 from samplers import Passes, evaluation_order
 from utils import derived_seed, preserved_cpu_generators, seed_cpu
 
+SHARED = 3 * 2**27  # bytes of shared memory for the finished batches of a loader; 8 ranks share 8 GB, with evaluation
 
-class _Ordered:
-    """A data set in the order of one epoch. Item k is `dataset.load(order[k])`, its draws seeded by (*seed, k)."""
 
-    def __init__(self, dataset, order, seed):
-        self.dataset, self.order, self.seed = dataset, order, seed
+class _Seeded:
+    """A data set that is asked for keys (numbers, place, index): `dataset.load(index)`, drawn by (*numbers, place)."""
 
-    def __len__(self):
-        return len(self.order)
+    def __init__(self, dataset):
+        self.dataset = dataset
 
-    def __getitems__(self, places):
+    def __getitems__(self, keys):
         # Without workers this is the training process, whose own generators must not notice.
         with preserved_cpu_generators():
-            return [self._load(place) for place in places]
+            return [self._load(*key) for key in keys]
 
-    def _load(self, place):
-        seed_cpu(*self.seed, place)
-        return self.dataset.load(self.order[place])
+    def _load(self, numbers, place, index):
+        seed_cpu(*numbers, place)
+        return self.dataset.load(index)
+
+
+class _Plan:
+    """The keys of an epoch's batches, as a DataLoader asks for them: its batch sampler.
+
+    A batch is loaded in several parts where `image_bytes` and the number of workers say that whole ones could fill the
+    shared memory. The parts are joined on the device.
+
+    Args:
+        numbers: that decide the draws besides an image's place.
+        order: indices of all images of the epoch; the last batch may be smaller.
+    """
+
+    def __init__(self, numbers, order, batch_size, image_bytes=0, workers=0):
+        self.numbers, self.order, self.batch_size = numbers, order, batch_size
+        prefetched = 2 * workers * batch_size * image_bytes  # DataLoader's own depth: two batches a worker
+        self.parts = min(batch_size, max(1, -(-prefetched // SHARED)))
+
+    def batches(self):
+        """[(first place, end)] of each part, for each batch."""
+        for first in range(0, len(self.order), self.batch_size):
+            size = min(self.batch_size, len(self.order) - first)
+            parts = min(self.parts, size)
+            ends = [first + size * i // parts for i in range(parts + 1)]
+            yield list(zip(ends, ends[1:]))
+
+    def __len__(self):
+        return sum(map(len, self.batches()))
+
+    def __iter__(self):
+        for parts in self.batches():
+            for start, end in parts:
+                yield [(self.numbers, place, self.order[place]) for place in range(start, end)]
+
+
+class _Plans:
+    """A batch sampler that stands for the plan of the current epoch."""
+
+    def __len__(self):
+        return len(self.current)
+
+    def __iter__(self):
+        return iter(self.current)
+
+
+class Parts(list):
+    """The parts of a batch, each a list of tensors."""
 
 
 def _collate(loaded):
@@ -46,36 +99,75 @@ def _collate(loaded):
     return batch, [pair for pairs in unreadable for pair in pairs]
 
 
-def training_loader(dataset, order, batch_size, steps, *, seed, epoch, rank, num_workers, pin_memory, stream):
-    """A loader of exactly `steps` batches for one epoch, to be read by `read_batches`.
+def _loader(dataset, plan, num_workers, pin_memory, persistent):
+    return DataLoader(
+        _Seeded(dataset),
+        batch_sampler=plan,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        persistent_workers=persistent and num_workers > 0,
+        generator=torch.Generator(),  # from which the loader seeds its workers, instead of the global generator
+        **by_workers(num_workers),
+    )
+
+
+class TrainingLoader:
+    """The batches of a training set, epoch after epoch, by workers that live as long as it.
 
     Args:
         dataset: as datasets.MultiViewDataset: its `load(i)` returns (item or None, unreadable images).
-        order: sampler with `set_epoch`; iterated again, reshuffled, where `steps` batches need more images.
-        seed, epoch, rank, stream: decide the random draws; the stream is 0 for the labelled and 1 for the unlabelled
-            loader.
+        order: sampler with `set_epoch`; iterated again, reshuffled, where an epoch needs more images.
+        seed, rank, stream: decide the random draws, with the epoch; the stream is 0 for the labelled and 1 for the
+            unlabelled images.
+        image_bytes: size of an item in memory.
     """
-    places = array("q", Passes(order, epoch, steps * batch_size))
-    return DataLoader(
-        _Ordered(dataset, places, (seed, epoch, rank, stream)),
-        batch_size=batch_size,
-        collate_fn=_collate,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # from which the loader seeds its workers, instead of the global generator
-    )
+
+    def __init__(self, dataset, order, *, seed, rank, stream, image_bytes=0):
+        self.dataset, self.order, self.seed, self.rank, self.stream = dataset, order, seed, rank, stream
+        self.image_bytes, self._plans = image_bytes, _Plans()
+        self._loader = self._started = self._batches = None
+
+    def start(self, epoch, batch_size, steps, num_workers=0, pin_memory=False):
+        """Let the workers begin with the `steps` batches of an epoch; nothing where they have begun with it.
+
+        Without workers each batch is loaded when it is read.
+        """
+        if self._started == (epoch, batch_size, steps):
+            return
+        places = array("q", Passes(self.order, epoch, steps * batch_size))
+        numbers = self.seed, epoch, self.rank, self.stream
+        self._plans.current = _Plan(numbers, places, batch_size, self.image_bytes, num_workers)
+        if self._loader is None or self._loader.num_workers != num_workers:
+            self._loader = None  # ends its workers before others are started
+            self._loader = _loader(self.dataset, self._plans, num_workers, pin_memory, persistent=True)
+        self._batches, self._started = read_batches(self._loader), (epoch, batch_size, steps)
+
+    def read(self):
+        """The batches of the epoch that has been started, as `read_batches`."""
+        self._started = None
+        return self._batches
 
 
-def evaluation_loader(dataset, batch_size, *, world, rank, num_workers, pin_memory):
+def evaluation_loader(dataset, batch_size, *, world, rank, num_workers, pin_memory, image_bytes=0):
     """A loader that gives every image to exactly one rank, to be read by `read_batches`."""
-    return DataLoader(
-        _Ordered(dataset, evaluation_order(len(dataset), world, rank), ()),
-        batch_size=batch_size,
-        collate_fn=_collate,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),
-    )
+    plan = _Plan((), evaluation_order(len(dataset), world, rank), batch_size, image_bytes, num_workers)
+    return _loader(dataset, plan, num_workers, pin_memory, persistent=False)
+
+
+def divided_workers(number, labelled, unlabelled):
+    """(workers for the labelled images, for the unlabelled ones): by the views that a step needs, at least one each.
+
+    Args:
+        number: workers of the process; 0: none.
+        labelled, unlabelled: images of a step; an unlabelled one has two views.
+    """
+    if not number or not unlabelled:
+        return number, 0
+    first = min(max(1, round(number * labelled / (labelled + 2 * unlabelled))), max(1, number - 1))
+    return first, max(1, number - first)
+
+
+# -------------------------------------------------------------------------------- errors
 
 
 _OPEN_FILES = "too many files are open: raise the limit (ulimit -n 65536), or"
@@ -111,68 +203,121 @@ def _failure(advice, flag):
     return OSError(f"Loading images failed, because {advice} pass fewer {flag} (0: none).")
 
 
-def raw_batches(loader, flag="--num_workers"):
-    """Yield the batches of a DataLoader whose workers leave the signals of a terminal and of Slurm to this process.
-
-    Args:
-        flag: the command-line flag that sets the number of workers, for the error message.
-    Raises OSError, one sentence that says what to do, where the workers exhaust shared memory, open files or memory:
-    where one is killed, in whatever this process is doing.
-    """
+@contextmanager
+def _explaining(flag):
+    """Turn an error that means an exhausted machine into an OSError that says what to do."""
     try:
-        _check_open_files(loader.num_workers)
-        yield from _to_the_last(loader, flag)
+        yield
+    except (ConnectionError, EOFError) as error:  # a worker has died while it handed over a batch
+        raise _failure(_KILLED, flag) from error
     except (OSError, RuntimeError) as error:
         if told := _explained(error, flag):
             raise told from error
         raise
 
 
-def _to_the_last(loader, flag):
-    batches = _start(loader)
-    _explain_deaths(flag)
-    try:
+def raw_batches(loader, flag="--num_workers"):
+    """Start the workers of a DataLoader made with `by_workers` and return the iterator over its batches.
+
+    The workers leave the signals of a terminal and of Slurm to this process.
+
+    Args:
+        flag: the command-line flag that sets the number of workers, for the error message.
+    Raises OSError, one sentence that says what to do, where the workers exhaust shared memory, open files or memory, or
+    one is killed: here or in the iterator, within some seconds.
+    """
+    with _explaining(flag):
+        _check_open_files(loader.num_workers)
+        batches = _start(loader)
+    return _to_the_last(batches, len(loader), flag)
+
+
+def _to_the_last(batches, length, flag):
+    with _explaining(flag):
         for number, batch in enumerate(batches, 1):
-            if number == len(loader):
+            if number == length:
                 next(batches, None)  # ends the workers; while Python collects an iterator, it would lose a Ctrl-C
             yield batch
-    except (ConnectionError, EOFError) as error:  # a worker has died
-        time.sleep(1)  # PyTorch raises what killed it in a moment, or has raised it where nobody could catch it
-        raise _failure(_KILLED, flag) from error
-
-
-def _explain_deaths(flag):
-    """Let the error by which PyTorch interrupts this process when a worker dies say what to do."""
-    handler = signal.getsignal(signal.SIGCHLD)
-    if getattr(handler, "func", None) is _on_death:  # of the loader before
-        handler, _ = handler.args
-    if callable(handler) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, partial(_on_death, handler, flag))
-
-
-def _on_death(handler, flag, number, frame):
-    try:
-        handler(number, frame)
-    except RuntimeError as error:
-        if told := _explained(error, flag):
-            raise told from error
-        raise
 
 
 def _check_open_files(workers):
     """Raise OSError where there is no room for the files of so many workers.
 
-    A worker inherits those of this process. Where it cannot open the files that a batch is shared by, it loses the
-    batch, and the loader would wait for it forever.
+    Where this process or a worker cannot open the files that a batch is shared by, the batch is lost, and the loader
+    would wait for it forever.
     """
     with ExitStack() as files:
         for _ in range(workers and 40 + 8 * workers):
             files.enter_context(open(os.devnull))
 
 
-def _prepare_worker(signals, _worker):
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    sys.excepthook = _worker_excepthook
+# -------------------------------------------------------------------------------- workers
+
+
+def by_workers(number):
+    """The settings of a DataLoader whose workers the fork server starts; 0: it loads in this process."""
+    return {"num_workers": number, "multiprocessing_context": _context() if number else None}
+
+
+@cache
+def _context():
+    """The fork server, which has imported the data sets when it starts a worker."""
+    ForkingPickler.register(np.ndarray, _reduce_array)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["datasets", "images.loading"])
+    return context
+
+
+_in_shared_memory = {}  # {id of an array: (a weak reference to it, its bytes as a tensor in shared memory)}
+
+
+def _reduce_array(values):
+    """Pickle a large array as a handle: all workers share one copy of the lists of images."""
+    if values.nbytes < 2**16 or values.dtype.hasobject:
+        return values.__reduce__()
+    key = id(values)
+    if key not in _in_shared_memory:
+        content = torch.from_numpy(np.array(values, order="C").reshape(-1).view(np.uint8)).share_memory_()
+        _in_shared_memory[key] = weakref.ref(values, lambda _: _in_shared_memory.pop(key)), content
+    return _array_in, (_in_shared_memory[key][1], values.dtype.str, values.shape)
+
+
+def _array_in(content, dtype, shape):
+    return content.numpy().view(dtype).reshape(shape)
+
+
+def _start(loader):
+    """The loader's iterator; its workers ignore SIGINT and SIGUSR2, and SIGTERM where this process handles that signal.
+
+    Ctrl-C in a terminal and Slurm send a signal to all processes of a job, and a worker that ended would make its
+    loader fail. The fork server inherits the mask of this process, and its workers that of the server. They end with
+    their loader or with this process.
+    """
+    if not loader.num_workers:
+        return iter(loader)
+    handled = callable(signal.getsignal(signal.SIGTERM))  # as in a task of submitit, which ignores SIGTERM
+    blocked = [signal.SIGINT, signal.SIGUSR2, *([signal.SIGTERM] if handled else [])]
+    loader.worker_init_fn = _Preparation(blocked)
+    resource_tracker.ensure_running()  # starting it would unblock the signals
+    before, path = signal.pthread_sigmask(signal.SIG_BLOCK, blocked), os.environ.get("PYTHONPATH")
+    # The server imports our modules, whatever folder the program was started in.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), path]))
+    try:
+        return iter(loader)
+    finally:
+        os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Preparation:
+    """What a worker does first; an object, so that it can be sent to it."""
+
+    def __init__(self, blocked):
+        self.blocked = blocked
+
+    def __call__(self, _worker):
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.blocked)
+        sys.excepthook = _worker_excepthook
 
 
 def _worker_excepthook(kind, error, trace):
@@ -181,35 +326,30 @@ def _worker_excepthook(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
 
 
-def _start(loader):
-    """The loader's iterator; its workers ignore SIGINT and SIGUSR2, and SIGTERM where this process handles that signal.
-
-    Ctrl-C in a terminal and Slurm send a signal to all processes of a job, and a worker that ended would make its
-    loader fail. Workers inherit a signal mask however they are started, a handler only when they are forked. They end
-    with their loader or with their parent.
-    """
-    # These are blocked in the worker, because Python unblocks them in a process that is not forked.
-    handled = callable(signal.getsignal(signal.SIGTERM))  # as in a task of submitit, which ignores SIGTERM
-    loader.worker_init_fn = partial(_prepare_worker, [signal.SIGINT, signal.SIGTERM] if handled else [signal.SIGINT])
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGUSR2])
-    try:
-        return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+# -------------------------------------------------------------------------------- reading
 
 
 def read_batches(loader):
-    """Yield the batches of a loader of this module, lists of tensors.
+    """Start a loader of this module and return the iterator over its batches, lists of tensors or `Parts` of them.
 
-    Unreadable images are recorded in the data set's `bad_images`. Raises UnreadableImage, one sentence, where an
-    image has no stand-in or more are unreadable than are tolerated, and OSError as `raw_batches` does.
+    Unreadable images are recorded in the data set's `bad_images`. The iterator raises UnreadableImage, one sentence,
+    where an image has no stand-in or more are unreadable than are tolerated, and OSError as `raw_batches` does.
     """
-    bad_images = loader.dataset.dataset.bad_images
-    for batch, unreadable in raw_batches(loader):
-        if batch is None:
-            bad_images.refuse(unreadable)
-        bad_images.add(unreadable)
-        yield batch
+    plan = loader.batch_sampler
+    groups = [len(parts) for parts in getattr(plan, "current", plan).batches()]
+    return _recorded(raw_batches(loader), groups, loader.dataset.dataset.bad_images)
+
+
+def _recorded(loaded, groups, bad_images):
+    for number in groups:
+        parts = Parts()
+        for _ in range(number):
+            part, unreadable = next(loaded)
+            if part is None:
+                bad_images.refuse(unreadable)
+            bad_images.add(unreadable)
+            parts.append(part)
+        yield parts if number > 1 else parts[0]
 
 
 def to_device(batches, device, finish=None, seed=()):
@@ -221,8 +361,14 @@ def to_device(batches, device, finish=None, seed=()):
         seed: the numbers that decide its draws.
     """
     finish = finish(derived_seed(*seed), device) if finish else tuple
-    finished = (finish([tensor.to(device, non_blocking=True) for tensor in batch]) for batch in batches)
+    finished = (finish(_moved(batch, device)) for batch in batches)
     return _prefetch(finished, device) if device.type == "cuda" else finished
+
+
+def _moved(batch, device):
+    if isinstance(batch, Parts):
+        return [torch.cat(column) for column in zip(*(_moved(part, device) for part in batch))]
+    return [tensor.to(device, non_blocking=True) for tensor in batch]
 
 
 @cache

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import semi_main
 import utils
-from images.loading import read_batches, training_loader
-from tests.trees import parse
+from tests.trees import parse, training_batches
 
 out, *words = sys.argv[1:]
 args = parse(*words)
@@ -17,8 +16,6 @@ for name, views, order in (
     ("labelled", run.labelled, run.labelled_order),
     ("unlabelled", run.unlabelled, run.unlabelled_order),
 ):
-    loader = training_loader(
-        views, order, 1, len(order), seed=args.seed, epoch=0, rank=run.rank, num_workers=0, pin_memory=False, stream=0
-    )
-    seen[name] = [int(batch[-1]) for batch in read_batches(loader)]
+    batches = training_batches(views, order, 1, len(order), seed=args.seed, rank=run.rank)
+    seen[name] = [int(batch[-1]) for batch in batches]
 Path(out, f"rank{run.rank}.json").write_text(json.dumps(seen))

@@ -18,11 +18,20 @@ from datasets import MultiViewDataset
 from images import decoding, files
 from images.bad_images import tolerated
 from images.decoding import UnreadableImage, read_pixels, read_rgb
-from images.loading import evaluation_loader, read_batches, to_device, training_loader
+from images.loading import evaluation_loader, read_batches, to_device
 from images.readers import FileSource, Samples
 from options import get_args_parser
 from samplers import training_order
-from tests.trees import FORKSERVER, SMALL, broken_images, draw, make_tree, semi_main, special_files
+from tests.trees import (
+    FORKSERVER,
+    SMALL,
+    broken_images,
+    draw,
+    make_tree,
+    semi_main,
+    special_files,
+    training_batches,
+)
 from utils import printable_path
 
 torch.set_num_threads(1)
@@ -248,11 +257,15 @@ class Numbers:
         return torch.tensor(float(i))
 
 
+def unchanged(image):
+    return image
+
+
 def numbers(n=10, broken=(), indices=None, *, tolerated=10, views=1, error=UnreadableImage):
     """Views of `Numbers` whose target is ten times the index."""
     samples = Samples(Numbers(n, broken, error), 10 * np.arange(n), ())
     indices = range(n) if indices is None else indices
-    return MultiViewDataset(samples, indices, *[lambda image: image] * views, tolerated=tolerated)
+    return MultiViewDataset(samples, indices, *[unchanged] * views, tolerated=tolerated)
 
 
 @pytest.mark.parametrize("broken, given", [
@@ -300,9 +313,8 @@ def test_other_errors_are_not_swallowed(error):
 
 def epoch(data, workers=0, batch=4, steps=3, epoch=0):
     """Indices of one epoch's batches, repeated augmentation off."""
-    loader = training_loader(data, training_order(len(data)), batch, steps, seed=0, epoch=epoch, rank=0,
-                             num_workers=workers, pin_memory=False, stream=0)  # fmt: skip
-    batches = list(to_device(read_batches(loader), torch.device("cpu")))
+    loaded = training_batches(data, training_order(len(data)), batch, steps, epoch=epoch, workers=workers)
+    batches = list(to_device(loaded, torch.device("cpu")))
     assert len(batches) == steps
     for *views, targets, indices in batches:
         assert all(view.tolist() == indices.tolist() for view in views) and torch.equal(targets, 10 * indices)

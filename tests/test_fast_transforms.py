@@ -14,11 +14,11 @@ from datasets import DATA_SETS, build_training_sets, build_validation_set
 from images import decoding, fast_transforms
 from images.decoding import UnreadableImage, check_turbo, read_pixels, read_rgb
 from images.fast_transforms import DeviceFinish, draw_rectangles
-from images.loading import read_batches, to_device, training_loader
+from images.loading import to_device
 from images.transforms import IMAGENET, eval_view, train_view, weak_view
 from options import get_args_parser
 from samplers import training_order
-from tests.trees import broken_images, draw, tree
+from tests.trees import broken_images, draw, training_batches, tree
 from utils import seed_everything
 
 torch.set_num_threads(1)
@@ -290,8 +290,8 @@ def sets(root, *words):
 def seen(args, views, workers=0, epoch=0):
     order = training_order(len(views), repeated_aug=False)
     numbers = {"seed": args.seed, "epoch": epoch, "rank": 0, "stream": 1}
-    loader = training_loader(views, order, 4, 2, **numbers, num_workers=workers, pin_memory=False)
-    return list(to_device(read_batches(loader), CPU, views.finish, tuple(numbers.values())))
+    loaded = training_batches(views, order, 4, 2, **numbers, workers=workers)
+    return list(to_device(loaded, CPU, views.finish, tuple(numbers.values())))
 
 
 def test_batches_of_the_fast_backend(tmp_path):

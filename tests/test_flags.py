@@ -23,6 +23,7 @@ import datasets
 import options
 import semi_main
 import utils
+from images import loading
 from images.decoding import UnreadableImage
 from losses import Recipe, consistency, objective
 from models import build_model
@@ -460,14 +461,11 @@ def loaders(args):
     """(worker processes, pinned) of the labelled, the unlabelled and the evaluation loader on a GPU."""
     run, seen = started(args), []
 
-    def recorded(*_, num_workers, pin_memory, **__):
-        seen.append((num_workers, pin_memory))
-        return ()
-
     run.device = CUDA
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("training_loader", "evaluation_loader"):
-            patch.setattr(semi_main, name, recorded)
+        patch.setattr(loading, "_loader", lambda _, plan, workers, pin, **__: seen.append((workers, pin)))
+        for module in (loading, semi_main):
+            patch.setattr(module, "read_batches", lambda _: ())
         for name in ("train_one_epoch", "evaluate_together"):
             patch.setattr(semi_main, name, lambda *_, **__: {})
         run.train_epoch(0)
@@ -480,6 +478,7 @@ def evaluation_batch(args):
     run, seen = started(args), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(semi_main, "evaluation_loader", lambda views, size, **_: seen.append(size))
+        patch.setattr(semi_main, "read_batches", lambda _: None)
         patch.setattr(semi_main, "to_device", lambda *_: None)
         patch.setattr(semi_main, "evaluate_together", lambda *_, **__: None)
         semi_main._evaluate(args, [run.state.model], run.validation, CPU, run.autocast)
@@ -894,7 +893,7 @@ FLAGS = {
         (("off", False), "--use-native-amp and --amp off disagree: keep one of them"),
         "--amp off",
     ),
-    "--num_workers": Row("loader", "0", "2", loaders, ([(0, True)] * 3, [(2, True)] * 3), TINY),
+    "--num_workers": Row("loader", "0", "2", loaders, ([(0, True)] * 3, [(1, True), (1, True), (2, True)]), TINY),
     "--pin-mem": Row("loader", None, "", loaders, ([(0, False)] * 3, [(0, True)] * 3), TINY + " --no-pin-mem"),
     "--no-pin-mem": Row("loader", None, "", loaders, ([(0, True)] * 3, [(0, False)] * 3), TINY),
     # process group

@@ -6,7 +6,6 @@ import os
 import random
 import resource
 import signal
-import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +19,9 @@ from torch.utils.data import DataLoader
 import utils
 from images import loading
 from images.bad_images import BadImages
-from images.loading import evaluation_loader, raw_batches, read_batches, to_device, training_loader
+from images.loading import TrainingLoader, divided_workers, evaluation_loader, raw_batches, read_batches, to_device
 from samplers import training_order
-from tests.trees import FORKSERVER
+from tests.trees import FORKSERVER, training_batches
 from utils import derived_seed, is_ours, seed_everything
 
 torch.set_num_threads(1)
@@ -43,10 +42,9 @@ class Drawing:
 
 def batches(n=20, batch=4, steps=3, workers=0, *, seed=0, epoch=0, rank=0, stream=0, world=2, repeated=False):
     order = training_order(n, world, rank, seed, repeated)
-    loader = training_loader(Drawing(n), order, batch, steps, seed=seed, epoch=epoch, rank=rank,
-                             num_workers=workers, pin_memory=False, stream=stream)  # fmt: skip
-    seen = list(read_batches(loader))
-    assert len(loader) == len(seen) == steps
+    numbers = {"seed": seed, "epoch": epoch, "rank": rank, "stream": stream}
+    seen = list(training_batches(Drawing(n), order, batch, steps, **numbers, workers=workers))
+    assert len(seen) == steps
     return [[column.tolist() for column in each] for each in seen]
 
 
@@ -97,9 +95,8 @@ def test_loading_leaves_the_draws_of_the_training_process_alone(workers):
     seed_everything(1)
     expected = draws()
     seed_everything(1)
-    loader = training_loader(Drawing(8), training_order(8), 4, 2, seed=0, epoch=0, rank=0, num_workers=workers,
-                             pin_memory=False, stream=0)  # fmt: skip
-    assert len(list(read_batches(loader))) == 2 and draws() == expected
+    assert len(list(training_batches(Drawing(8), training_order(8), 4, 2, workers=workers))) == 2
+    assert draws() == expected
 
 
 @pytest.mark.parametrize("change", [{"epoch": 1}, {"rank": 1}, {"stream": 1}, {"seed": 1}])
@@ -142,10 +139,10 @@ def test_evaluation_sees_each_image_once(world, workers):
 
 def test_pinning_is_asked_for_or_not():
     for pin in (False, True):
-        training = training_loader(Drawing(4), training_order(4), 2, 1, seed=0, epoch=0, rank=0, stream=0,
-                                   num_workers=0, pin_memory=pin)  # fmt: skip
+        training = TrainingLoader(Drawing(4), training_order(4), seed=0, rank=0, stream=0)
+        training.start(0, 2, 1, pin_memory=pin)
         evaluation = evaluation_loader(Drawing(4), 2, world=1, rank=0, num_workers=0, pin_memory=pin)
-        assert training.pin_memory is evaluation.pin_memory is pin
+        assert training._loader.pin_memory is evaluation.pin_memory is pin
     unpinned = next(read_batches(evaluation_loader(Drawing(4), 2, world=1, rank=0, num_workers=0, pin_memory=False)))
     assert not any(tensor.is_pinned() for tensor in unpinned)
 
@@ -176,9 +173,7 @@ def test_batches_are_finished_on_the_device_in_their_order():
 
 
 def test_ctrl_c_does_not_reach_the_workers(capfd):
-    loader = training_loader(Drawing(40), training_order(40), 4, 10, seed=0, epoch=0, rank=0, num_workers=2,
-                             pin_memory=False, stream=0)  # fmt: skip
-    reading = read_batches(loader)
+    reading = training_batches(Drawing(40), training_order(40), 4, 10, workers=2)
     seen = [next(reading)]
     workers = multiprocessing.active_children()
     assert len(workers) == 2
@@ -194,13 +189,78 @@ def test_ctrl_c_does_not_reach_the_workers(capfd):
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
-def test_the_workers_have_ended_before_the_last_batch_is_used():
-    """Also where the loader is not asked for more: a Ctrl-C while Python collects it would be lost."""
-    loader = training_loader(Drawing(40), training_order(40), 4, 3, seed=0, epoch=0, rank=0, num_workers=2,
-                             pin_memory=False, stream=0)  # fmt: skip
-    reading = read_batches(loader)
-    living = [next(reading) and len(multiprocessing.active_children()) for _ in range(3)]
-    assert living == [2, 2, 0] and list(reading) == []
+def test_workers_live_as_long_as_their_loader_and_begin_before_they_are_asked():
+    loader = TrainingLoader(Drawing(40), training_order(40), seed=0, rank=0, stream=1)
+    pids = []
+    for epoch, size, steps, number in ((0, 4, 10, 2), (1, 4, 10, 2), (2, 8, 3, 2), (3, 4, 5, 1)):
+        loader.start(epoch, size, steps, number)
+        loader.start(epoch, size, steps, number)  # begun already: nothing
+        pids.append({each.pid for each in multiprocessing.active_children()})
+        seen = [[column.tolist() for column in batch] for batch in loader.read()]
+        assert seen == batches(40, size, steps, epoch=epoch, stream=1, world=1)
+    assert pids[0] == pids[1] == pids[2] and [len(each) for each in pids] == [2, 2, 2, 1] and not pids[0] & pids[3]
+    del loader
+    assert multiprocessing.active_children() == []
+
+
+class Large(Drawing):
+    """Its images are its index, a hundred bytes each."""
+
+    def load(self, i):
+        return (torch.full((100,), i, dtype=torch.uint8), i), []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_large_batches_are_loaded_in_parts_and_joined_on_the_device(monkeypatch, workers):
+    """2 workers x 2 prefetched batches of 7 images are 2,800 bytes: three parts of less than 1,000 bytes."""
+    monkeypatch.setattr(loading, "SHARED", 1000)
+    order = training_order(20)
+    loaded = list(training_batches(Large(20), order, 7, 3, workers=workers, image_bytes=100))
+    assert [[len(part[0]) for part in batch] if workers else len(batch[0]) for batch in loaded] == (
+        [[2, 2, 3]] * 3 if workers else [7] * 3
+    )
+    whole = [[column.tolist() for column in batch] for batch in to_device(loaded, torch.device("cpu"))]
+    plain = to_device(training_batches(Large(20), order, 7, 3), torch.device("cpu"))
+    assert whole == [[column.tolist() for column in batch] for batch in plain]
+    evaluation = evaluation_loader(Large(8), 7, world=1, rank=0, num_workers=workers, pin_memory=False, image_bytes=100)
+    seen = [batch[1].tolist() for batch in to_device(read_batches(evaluation), torch.device("cpu"))]
+    assert seen == [list(range(7)), [7]]
+
+
+@pytest.mark.parametrize("number, labelled, unlabelled, expected", [
+    (10, 13, 95, (1, 9)), (10, 108, 0, (10, 0)), (10, 54, 54, (3, 7)), (2, 4, 12, (1, 1)), (1, 4, 12, (1, 1)),
+    (0, 4, 12, (0, 0)), (10, 1000, 1, (9, 1))])  # fmt: skip
+def test_workers_are_divided_by_views(number, labelled, unlabelled, expected):
+    assert divided_workers(number, labelled, unlabelled) == expected
+
+
+def test_the_batches_of_eight_ranks_fit_into_8_gb():
+    """108 images of 224 pixels in float32, 10 workers; the next epoch is loaded while the evaluation is."""
+    image = 4 * 3 * 224**2
+    plans = [
+        loading._Plan((), range(1000), 13, image, 1), loading._Plan((), range(1000), 95, 2 * image, 9),
+        loading._Plan((), range(1000), 324, image, 10)]  # fmt: skip
+    workers, images = (1, 9, 10), (image, 2 * image, image)
+    largest = [max(end - start for parts in plan.batches() for start, end in parts) for plan in plans]
+    assert 8 * sum(2 * n * size * bytes_ for n, size, bytes_ in zip(workers, largest, images)) < 8e9
+    assert largest[0] == 13  # nothing is divided needlessly
+
+
+def test_large_arrays_are_shared_by_all_workers():
+    context = loading._context()
+    values, small = np.arange(100_000).reshape(100, 1000), np.arange(10)
+    sent = [context.reducer.ForkingPickler.dumps(x) for x in (values, values, values[::2, ::3], small, values.view())]
+    got = [context.reducer.ForkingPickler.loads(x) for x in sent]
+    for one, other in zip((values, values, values[::2, ::3], small, values), got):
+        assert np.array_equal(one, other) and one.dtype == other.dtype
+    assert max(map(len, sent)) < 1000
+    got[0].flags.writeable = True
+    got[0][0, 0] = 7
+    assert got[1][0, 0] == 7 and values[0, 0] == 0
+    key = id(values)
+    assert key in loading._in_shared_memory
+    del values, one
+    assert key not in loading._in_shared_memory
 
 
 class Killing(Drawing):
@@ -215,39 +275,28 @@ class Killing(Drawing):
 
 @pytest.mark.parametrize("busy", [True, False])
 def test_a_worker_that_is_killed_is_one_sentence_in_whatever_the_process_does(busy):
-    loader = DataLoader(loading._Ordered(Killing(12), range(12), (0,)), 4, num_workers=1, collate_fn=loading._collate)
+    loader = loading._loader(Killing(12), loading._Plan((0,), range(12), 4), 1, False, persistent=False)
     told = "^Loading images failed, because a worker was killed, perhaps for lack of memory: pass fewer --w .0: none.*$"
     reading = raw_batches(loader, "--w")
     with pytest.raises(OSError, match=told) as caught:
         next(reading)
-        for _ in range(100 * busy):  # PyTorch interrupts it
-            time.sleep(0.1)
+        if busy:
+            time.sleep(2)
         next(reading)
     assert is_ours(caught.value)
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_a_worker_that_dies_while_it_hands_over_a_batch_is_one_sentence(monkeypatch, told):
-    """The connection breaks before the system tells of the death, or the news was lost in a callback of Python."""
-
+@pytest.mark.parametrize("error", [ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), EOFError()])
+def test_a_worker_that_dies_while_it_hands_over_a_batch_is_one_sentence(monkeypatch, error):
     def broken(_):
         yield "a batch"
-        if told:
-            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGCHLD)).start()
-        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+        raise error
 
-    def death(*_):
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-
-    before = signal.signal(signal.SIGCHLD, death)
     monkeypatch.setattr(loading, "_start", broken)
-    try:
-        reading = raw_batches(DataLoader([0, 0]), "--w")
-        assert next(reading) == "a batch"
-        with pytest.raises(OSError, match="a worker was killed, perhaps for lack of memory: pass fewer --w"):
-            next(reading)
-    finally:
-        signal.signal(signal.SIGCHLD, before)
+    reading = raw_batches(DataLoader([0, 0]), "--w")
+    assert next(reading) == "a batch"
+    with pytest.raises(OSError, match="a worker was killed, perhaps for lack of memory: pass fewer --w"):
+        next(reading)
 
 
 def test_a_worker_is_silent_about_a_process_that_has_ended(capsys):

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import measure_lists
 from datasets import MultiViewDataset
-from images.loading import training_loader
+from images.loading import TrainingLoader
 from samplers import training_order
 from tests.trees import forked
 
@@ -16,13 +16,13 @@ def test_an_entry_takes_its_path_and_four_numbers(tmp_path):
     n = 10_000
     samples = measure_lists.synthetic(tmp_path, n)
     views = MultiViewDataset(samples, np.arange(n), np.asarray)
-    loader = training_loader(views, training_order(n), 10, n // 10, seed=0, epoch=0, rank=0, stream=0,
-                             num_workers=0, pin_memory=False)  # fmt: skip
+    loader = TrainingLoader(views, training_order(n), seed=0, rank=0, stream=0)
+    loader.start(0, 10, n // 10)
     held = {type(value) for thing in (samples.source, views) for value in vars(thing).values() if np.size(value) > 8}
     assert held == {np.ndarray}
     assert samples.source._bytes.nbytes == n * len(samples.source.path(0)) == n * 31
     assert samples.source._ends.nbytes == samples.targets.nbytes == views.indices.nbytes == n * 8
-    order = loader.dataset.order
+    order = loader._plans.current.order
     assert (len(order), order.itemsize) == (n, 8)
     assert sorted(order) == list(range(n)) and type(order[0]) is int
     assert samples.source.load(n - 1).size == (40, 36)

@@ -14,6 +14,7 @@ FAULTY = f"""
 import os, runpy, signal, sys
 from training import checkpoint
 import datasets
+from tests.trees import BrokenViews
 fault, rank, load = os.environ["FAULT"], os.environ.get("RANK", "1"), datasets.MultiViewDataset.load
 
 def faulty(self, i):
@@ -31,6 +32,8 @@ def full(content, path, previous=None):
     raise OSError(f"Cannot write {{path}} (No space left on device)")
 
 datasets.MultiViewDataset.load = faulty
+if fault == "worker":  # a worker knows nothing of what this process replaces, but imports the class of its data set
+    datasets.MultiViewDataset = BrokenViews
 if fault == "save":
     checkpoint.save = full
 sys.argv[0] = {str(ROOT / "semi_main.py")!r}
@@ -118,6 +121,6 @@ def test_torchrun_ends_with_the_error_of_the_rank_on_top(words, fault, message):
 
 
 def test_an_error_in_a_worker_of_the_unlabelled_loader_ends_the_run(words):
-    (done,) = forked(*words, "--num_workers", "2", environments=[{"FAULT": "raise"}])
+    (done,) = forked(*words, "--num_workers", "2", environments=[{"FAULT": "worker"}])
     assert done.returncode == 1 and "this image is unreadable" in done.stderr
     assert "in DataLoader worker process" in done.stderr

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from datasets import MultiViewDataset
 from images.fashion import write_idx
+from images.loading import TrainingLoader
 from options import get_args_parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -221,6 +223,22 @@ def forked(program, *words, environments=({},), timeout=300):
     done = [subprocess.CompletedProcess(words, code, *text) for code, text in zip(codes, printed)]
     assert not late, done
     return done
+
+
+class BrokenViews(MultiViewDataset):
+    """Its unlabelled images raise an error that nobody expects."""
+
+    def load(self, i):
+        if len(self.transforms) == 2:
+            raise LookupError("this image is unreadable")
+        return super().load(i)
+
+
+def training_batches(dataset, order, size, steps, *, seed=0, epoch=0, rank=0, stream=0, workers=0, image_bytes=0):
+    """The iterator over an epoch's batches of a training set, as a run loads them."""
+    loader = TrainingLoader(dataset, order, seed=seed, rank=rank, stream=stream, image_bytes=image_bytes)
+    loader.start(epoch, size, steps, workers)
+    return loader.read()
 
 
 def ranks(number):
