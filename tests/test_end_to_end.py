@@ -162,18 +162,26 @@ def test_pseudo_labels_without_a_known_class_have_no_accuracy(tree, tmp_path, ca
     assert plot_log.points(run.log, "train_pseudo_acc") == ((), ())
 
 
-@pytest.mark.parametrize(
-    "acc1,images,status", [(75.5, 50_000, 0), (75.41, 50_000, 0), (75.39, 50_000, 1), (70.0, 40_000, 0)]
-)
-def test_eval_script_fails_only_on_the_whole_validation_set(tmp_path, acc1, images, status):
+@pytest.mark.parametrize("acc1, images, amp, status", [
+    (75.5, 50_000, "off", 0), (75.41, 50_000, "bf16", 0), (75.39, 50_000, "bf16", 1), (75.39, 50_000, "off", 1),
+    (70.0, 40_000, "off", 0)])  # fmt: skip
+def test_eval_script_judges_float32_on_the_whole_validation_set(tmp_path, acc1, images, amp, status):
+    """A stand-in for Python evaluates: in `amp` it measures 70 %, with --amp off the given top-1."""
     fake = tmp_path / "python"
-    result = json.dumps({"acc1": acc1, "images": images, "classes": 1000})
+    mixed, exact = (json.dumps({"acc1": top1, "images": images, "classes": 1000, "amp": precision})
+                    for top1, precision in ((70.0, amp), (acc1, "off")))  # fmt: skip
+    first = exact if amp == "off" else mixed
     fake.write_text(
-        f'#!/bin/sh\nif [ "$1" = - ]; then exec {sys.executable} "$@"; fi\necho \'{result}\' > {tmp_path}/eval.json\n'
+        f'#!/bin/sh\nif [ "$1" = - ]; then exec {sys.executable} "$@"; fi\n'
+        f"case \"$*\" in *\"--amp off\"*) echo '{exact}';; *) echo '{first}';; esac > {tmp_path}/eval.json\n"
     )
     fake.chmod(0o755)
     env = {**os.environ, "CHECKPOINT": "x", "DATA_ROOT": "y", "PYTHON": str(fake), "OUTPUT": str(tmp_path)}
-    assert subprocess.run(["bash", ROOT / "script/eval.sh"], env=env, capture_output=True).returncode == status
+    done = subprocess.run(["bash", ROOT / "script/eval.sh"], env=env, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    said = done.stdout.splitlines()
+    assert said[-1].startswith(f"ours {acc1:.2f} (published 75.5)  {images} images, 1000 classes")
+    assert said[:-1] == (["ours in bf16 70.00"] if amp == "bf16" else [])
 
 
 @pytest.mark.parametrize("exclude", [False, True])
