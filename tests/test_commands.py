@@ -63,6 +63,17 @@ def test_the_ddp_example_has_the_published_hyper_parameters(data, tmp_path):
     assert {key: args[key] for key in published} == published
 
 
+@pytest.mark.parametrize("script", [
+    "run_ddp_example.sh", "recipes/fixmatch_r50.sh", "submitit_1to7_300ep_2nodes.sh"])  # fmt: skip
+@pytest.mark.parametrize("settings, expected", [
+    ({}, (False, "pil")), ({"COMPILE": 1}, (True, "pil")), ({"FAST": 1}, (False, "fast")),
+    ({"COMPILE": 1, "FAST": 1}, (True, "fast")), ({"COMPILE": 0, "FAST": 0}, (False, "pil"))])  # fmt: skip
+def test_two_settings_make_a_script_faster(tmp_path, script, settings, expected):
+    given = {"DATA_ROOT": "d", "SPLIT": "s", "OUTPUT": "o", **settings}
+    (last,) = python_calls(f"script/{script}", tmp_path, **given)
+    assert ("--compile" in last, "fast" if "fast" in last else "pil") == expected
+
+
 def test_the_ddp_example_ends_resumes_is_evaluated_and_forks(data, tmp_path):
     base, fork = tmp_path / "base", tmp_path / "fork"
     words = [*SHORT, "--epochs", "2"]

@@ -26,7 +26,8 @@ DOCS = {str(path.relative_to(ROOT)): path.read_text()
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Programs whose flags a text may name without a command of ours around them.
 FOREIGN = {"--slurm", "--export", "--requeue", "--signal", "--time", "--ntasks-per-node", "--gpus-per-node", "--nodes",
-           "--cpus-per-task", "--shm-size", "--standalone", "--kill-on-bad-exit", "--max_restarts", "--dependency"}  # fmt: skip
+           "--cpus-per-task", "--standalone", "--kill-on-bad-exit", "--max_restarts", "--dependency",
+           "--shm-size"}  # fmt: skip
 FOLDERS = "script|docs|data_splits|tests|study|benchmarks"
 WRAPPERS = {"run_ddp_example.sh", "fork_ablation.sh", "eval.sh", "demo.sh"}
 
