@@ -1,6 +1,6 @@
 """Compare the time and memory of this code with the published formulation on this machine; prints Markdown.
 
-    python -m benchmarks.benchmark [train|eval|data|policies|methods|optimizer|memory|all] [--quick] [--output FILE.md]
+    python -m benchmarks.benchmark [train|ddp|eval|data|policies|methods|optimizer|memory|all] [--quick] [--output FILE]
 
 The published formulation (published_formulation.py) differs from ours only by the named optimizations. The program
 first proves in float64 that the two compute the same, and stops if they do not. All variants of a table are called in
@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import PIL
 import torch
+import torch.distributed as dist
 from PIL import Image
 from timm.utils import ModelEmaV3
 from torch.utils.data import default_collate
@@ -60,6 +61,8 @@ TRAIN = [
     Line("bf16, both", "published bf16", "ours bf16"),
     Line("bf16, both, ours `--compile`", "published bf16", "ours bf16 --compile"),
 ]
+ON_GPU = [*TRAIN[3:], Line("ours fp16", "published bf16", "ours fp16")]
+DDP = [Line(name, f"ours {name}", f"ours {name} under DDP") for name in ("fp32", "bf16", "bf16 --compile")]
 ALONE = [
     Line(f"{name} alone", "published fp32", name)
     for name in ("pool first", "enlarge last", "channels_last", "SDPA", "bf16", "compile", "fused AdamW", "foreach EMA")
@@ -86,7 +89,7 @@ def train(args):
     """The training step, then the published step with each optimization alone."""
     labelled, unlabelled = args.sizes
     head = f"### Training step: {labelled} labelled, {unlabelled} strong and {unlabelled} weak images\n\n"
-    lines = [line for line in TRAIN if args.device.type == "cpu" or line.published == "published bf16"]
+    lines = TRAIN if args.device.type == "cpu" else ON_GPU
     tables = []
     for each in (lines, ALONE):
         calls = _calls(each, lambda name: build_step(args, VARIANTS[name])[0], args)
@@ -97,6 +100,41 @@ def train(args):
         gc.collect()
     text = head + "\n\nEach optimization alone, in the published step:\n\n".join(tables)
     return "\n\n".join([text, *profiles]) if args.profile else text
+
+
+def ddp(args):
+    """The step under DDP beside the same step alone: one NCCL rank on a GPU, two gloo ranks of one thread on a CPU."""
+    cuda = args.device.type == "cuda"
+    words = [
+        "--device",
+        str(args.device),
+        "--model",
+        args.model,
+        "--input-size",
+        str(args.input_size),
+        "--threads",
+        "1",
+    ]
+    words += ["--rounds", str(args.rounds)] + ["--quick"] * args.quick
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={1 if cuda else 2}", "-m"]
+    command = [sys.executable, *torchrun, "benchmarks.benchmark", "ddp", *words, "--rank"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise ValueError("Cannot measure the step under DDP: see its error above.")
+    ranks = "one rank, NCCL" if cuda else "two ranks, gloo, a thread each"
+    return f"### Under DDP: {ranks}\n\n" + done.stdout.strip()
+
+
+def ddp_rank(args):
+    """What a rank of `ddp` measures: the table, on the first one."""
+    if not dist.is_initialized():
+        dist.init_process_group("nccl", store=dist.HashStore(), world_size=1, rank=0, device_id=args.device)
+    lines = DDP[1:] if args.device.type == "cuda" else DDP
+    calls = _calls(lines, lambda name: build_step(args, VARIANTS[name])[0], args)
+    text = table(lines, calls, args, headers=("alone, ms", "under DDP, ms", "alone / under DDP"))
+    rank = dist.get_rank()
+    utils.leave_group()
+    return "" if rank else text
 
 
 def evaluation(args):
@@ -300,6 +338,7 @@ def memory(args):
 
 PARTS = {
     "train": train,
+    "ddp": ddp,
     "eval": evaluation,
     "data": data,
     "policies": policies,
@@ -340,15 +379,16 @@ def machine(args):
 
 def machine_speed(args):
     """A sentence on the speed of the machine itself, which bounds what any row of a table can reach."""
-    square, line = torch.randn(2048, 2048, device=args.device), torch.randn(2**25, device=args.device)
+    side = 8192 if args.device.type == "cuda" else 2048  # a smaller product does not fill a GPU
+    square, line = torch.randn(side, side, device=args.device), torch.randn(2**25, device=args.device)
     half, other = square.bfloat16(), torch.empty_like(line)
     calls = {"fp32": lambda: square @ square, "bf16": lambda: half @ half, "copy": lambda: other.copy_(line)}
     seconds = {name: float(np.median(took)) for name, took in measure(calls, 10, 2, args.device).items()}
-    fp32, bf16 = (2 * 2048**3 / seconds[name] / 1e9 for name in ("fp32", "bf16"))
+    fp32, bf16 = (2 * side**3 / seconds[name] / 1e9 for name in ("fp32", "bf16"))
     copied = 2 * line.nbytes / seconds["copy"] / 1e9
     return (
-        f"The machine multiplies 2048 x 2048 matrices at {fp32:.0f} GFLOP/s in fp32 and {bf16:.0f} GFLOP/s in bf16, "
-        f"and copies {copied:.0f} GB/s."
+        f"The machine multiplies {side} x {side} matrices at {fp32:.0f} GFLOP/s in fp32 and {bf16:.0f} GFLOP/s in "
+        f"bf16, and copies {copied:.0f} GB/s."
     )
 
 
@@ -366,6 +406,7 @@ def get_parser():
     )
     parser.add_argument("--profile", action="store_true", help="add profiles of `train` and `eval`")
     parser.add_argument("--output", type=Path, help="append the Markdown to this file instead of printing it")
+    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--variant", choices=MEMORY, help="print the peak memory of this variant (used by `memory`)")
     return parser
 
@@ -381,9 +422,12 @@ def main():
     args = get_parser().parse_args()
     try:
         args = with_defaults(args)
-        text = str(peak_of(args, VARIANTS[args.variant])) if args.variant else report(args)
+        if args.variant:
+            text = str(peak_of(args, VARIANTS[args.variant]))
+        else:
+            text = ddp_rank(args) if args.rank else report(args)
         if args.output is None:
-            print(text)
+            print(text, end="\n" if text else "")
         else:
             with utils.writing(args.output), args.output.open("a", encoding="utf-8") as file:
                 file.write(f"\n{text}\n")

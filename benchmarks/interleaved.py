@@ -65,7 +65,10 @@ def milliseconds(seconds):
     return f"{middle:.4g} ({low:.4g}-{high:.4g})"
 
 
-def table(lines, calls, args, images=None, times=1):
+HEADERS = "published, ms", "ours, ms", "published / ours"
+
+
+def table(lines, calls, args, images=None, times=1, headers=HEADERS):
     """Measure the calls and return the Markdown table of the lines. Lines whose calls are missing are marked not run.
 
     Args:
@@ -74,10 +77,11 @@ def table(lines, calls, args, images=None, times=1):
         args: rounds, warmup and device are used.
         images: images that a call processes; adds a column with ours in images per second.
         times: multiplies `args.rounds`, for calls that take milliseconds.
+        headers: of the first two calls of a line, and of their ratio.
     """
     gc.collect()
     seconds = measure(calls, args.rounds * times, args.warmup, args.device)
-    rows = ["| | published, ms | ours, ms | published / ours | at least |" + (" images/s |" if images else "")]
+    rows = [f"| | {' | '.join(headers)} | at least |" + (" images/s |" if images else "")]
     rows.append("|---" * (6 if images else 5) + "|")
     for line in lines:
         least = f"{line.at_least:g}" if line.at_least else ""

@@ -27,11 +27,14 @@ RECIPE = Recipe(threshold=0.0, semi_lambda=4.0, unlabel_smooth=True)  # run_ddp_
 class Variant(NamedTuple):
     """A way to compute a training step: ours, or the published one with some of our optimizations.
 
-    `teacher`, `rule` and `align` are the values of --teacher, --confidence and --align, of ours alone.
+    `teacher`, `rule` and `align` are the values of --teacher, --confidence and --align, of ours alone; `ddp`, of ours
+    too, needs a process group.
     """
 
     ours: bool = False
     bf16: bool = False
+    fp16: bool = False
+    ddp: bool = False
     compiled: bool = False
     checkpointed: bool = False
     optimizations: tuple = ()
@@ -46,6 +49,10 @@ VARIANTS = {
     "published bf16": Variant(bf16=True),
     "ours bf16": Variant(ours=True, bf16=True),
     "ours bf16 --compile": Variant(ours=True, bf16=True, compiled=True),
+    "ours fp16": Variant(ours=True, fp16=True),
+    "ours fp32 under DDP": Variant(ours=True, ddp=True),
+    "ours bf16 under DDP": Variant(ours=True, bf16=True, ddp=True),
+    "ours bf16 --compile under DDP": Variant(ours=True, bf16=True, compiled=True, ddp=True),
     "ours fp32 --grad-checkpointing": Variant(ours=True, checkpointed=True),
     "ours bf16 --grad-checkpointing": Variant(ours=True, bf16=True, checkpointed=True),
     **{
@@ -99,7 +106,8 @@ def build_labeller(args, policy, rule, align, threshold=0.7, images=None):
 
 def build_step(args, variant, dtype=torch.float32, sizes=None, recipe=RECIPE):
     """Build a variant's training step: (a function without arguments that returns the loss parts, network, EMA)."""
-    autocast, scaler, _ = optimization.mixed_precision("bf16" if variant.bf16 else "off", args.device)
+    precision = "bf16" if variant.bf16 else "fp16" if variant.fp16 else "off"
+    autocast, scaler, _ = optimization.mixed_precision(precision, args.device)
     labelled, unlabelled = batch(args, *(sizes or args.sizes), dtype)
     given, model = flags("--opt", "adamw", "--lr", "1e-3"), network(args, dtype)
     if not variant.ours:
@@ -116,7 +124,8 @@ def build_step(args, variant, dtype=torch.float32, sizes=None, recipe=RECIPE):
         labeller = build_labeller(args, recipe.policy, variant.rule, variant.align, threshold=recipe.threshold)
         state = TrainState(model, optimizer, None, scaler, ema, labeller=labeller)
         teacher = ema.module if variant.teacher == "ema" else model
-        step = partial(engine.train_step, state, model, teacher, labelled, unlabelled, recipe, autocast=autocast)
+        student = semi_main._distributed(model, args.device) if variant.ddp else model
+        step = partial(engine.train_step, state, student, teacher, labelled, unlabelled, recipe, autocast=autocast)
         return lambda: step()[0], model, ema
     step = partial(published.train_step, model, optimizer, ema, labelled, unlabelled, recipe, autocast)
     return step, model, ema

@@ -1,6 +1,7 @@
 """benchmarks/benchmark.py: the proof finds what changes the function, calls alternate, tables are complete."""
 
 import re
+import socket
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from benchmarks import benchmark, interleaved, variants
 from benchmarks import published_formulation as published
+from tests.trees import forked, ranks
 
 objective = published.objective
 
@@ -158,6 +160,18 @@ def test_train_without_bf16(quick, monkeypatch):
     assert found["bf16"][0] == found["bf16 `--compile`"][0] == found["bf16 alone"][0] == "not run: no avx512_bf16"
     optimizations = ("pool first", "channels_last", "SDPA", "compile", "fused AdamW", "foreach EMA")
     assert all(ratio(found[f"{optimization} alone"]) > 0 for optimization in optimizations) and ratio(found["fp32"]) > 0
+
+
+def test_two_ranks_measure_the_step_under_ddp_and_the_first_prints():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    words = ["ddp", "--quick", "--rounds", 1, "--threads", 1, "--rank"]
+    first, second = forked("benchmarks.benchmark", *words, environments=[env | meeting for env in ranks(2)])
+    assert (first.returncode, second.returncode, second.stdout) == (0, 0, ""), first.stderr + second.stderr
+    assert "| alone, ms | under DDP, ms | alone / under DDP |" in first.stdout
+    found = rows(first.stdout)
+    assert list(found) == ["fp32", "bf16", "bf16 --compile"] and ratio(found["fp32"]) > 0
 
 
 def test_eval_has_both_precisions(quick, monkeypatch):
