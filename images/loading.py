@@ -8,9 +8,11 @@ the training process, beside the threads of gloo or NCCL, can hang.
 """
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
+import threading
 import weakref
 from array import array
 from contextlib import ExitStack, contextmanager
@@ -318,6 +320,15 @@ class _Preparation:
     def __call__(self, _worker):
         signal.pthread_sigmask(signal.SIG_BLOCK, self.blocked)
         sys.excepthook = _worker_excepthook
+        # PyTorch watches the worker's parent, which is the fork server; and that lives as long as its workers.
+        if trainer := multiprocessing.parent_process():
+            threading.Thread(target=_end_with, args=[trainer.sentinel], daemon=True).start()
+
+
+def _end_with(sentinel):
+    """End this process as soon as the process of the sentinel has ended."""
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
 
 
 def _worker_excepthook(kind, error, trace):

@@ -189,6 +189,32 @@ def test_ctrl_c_does_not_reach_the_workers(capfd):
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
+def train_for_ever(told):
+    reading = training_batches(Drawing(40), training_order(40), 4, 1000, workers=2)
+    next(reading)
+    workers = [worker.pid for worker in multiprocessing.active_children()]
+    server = int(Path(f"/proc/{workers[0]}/stat").read_text().rpartition(")")[2].split()[1])
+    Path(f"{told}.new").write_text(" ".join(map(str, [*workers, server])))
+    os.rename(f"{told}.new", told)
+    time.sleep(600)
+
+
+def test_workers_and_their_server_end_with_a_process_that_is_killed(tmp_path):
+    process = FORKSERVER.Process(target=train_for_ever, args=(tmp_path / "told",))
+    process.start()
+    until = time.monotonic() + 120
+    while not (tmp_path / "told").exists():
+        assert time.monotonic() < until and process.is_alive()
+        time.sleep(0.1)
+    started = [Path("/proc", pid, "stat") for pid in (tmp_path / "told").read_text().split()]
+    assert len(started) == 3 and all(path.exists() for path in started)
+    process.kill()
+    until = time.monotonic() + 20
+    while any(path.exists() and path.read_text().rpartition(")")[2].split()[0] != "Z" for path in started):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
 def test_workers_live_as_long_as_their_loader_and_begin_before_they_are_asked():
     loader = TrainingLoader(Drawing(40), training_order(40), seed=0, rank=0, stream=1)
     pids = []
