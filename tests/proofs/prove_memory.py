@@ -27,7 +27,7 @@ from tests.proofs.prove_resume import make_images
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = """--model resnet10t --input-size 64 --batch-size 8 --mu 0.5 --mixup 0 --cutmix 0 --epochs 1 --device cpu
-    --num_workers 2 --data-set SEMI-IMNET"""
+    --num_workers 4 --data-set SEMI-IMNET"""
 COMPILED = """--compile --model Semiformer_micro_patch16 --input-size 48 --batch-size 8 --mu 0.5 --mixup 0 --cutmix 0
     --device cpu --num_workers 0 --data-set SEMI-IMNET --semi-start-epoch 5 --evaluate-freq 2 --accum-iter 3
     --warmup-epochs 3"""
@@ -44,13 +44,18 @@ def children(process):
     return sorted(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
 
 
+def data_workers(process):
+    """The process numbers of the data workers of a training process: the children of its fork server."""
+    return [worker for server in children(process) for worker in children(server)]
+
+
 def measure(command, steps, workers=True, log=None):
     """Run a training; returns {process: [(step, resident MB)]}, the training process first. RuntimeError if it fails.
 
     Args:
         command: the words of the command.
         steps: steps of an epoch.
-        workers: whether to measure the child processes too.
+        workers: whether to measure the data workers too.
         log: an open file for stderr.
     """
     found, line = {}, ""
@@ -58,7 +63,7 @@ def measure(command, steps, workers=True, log=None):
         for line in run.stdout:
             step = re.match(rf"Epoch (\d+) \[ *(\d+)/{steps}\]", line)
             if step and int(step[2]) < steps:  # after the last step the workers may have ended
-                for process in (run.pid, *(children(run.pid) if workers else ())):
+                for process in (run.pid, *(data_workers(run.pid) if workers else ())):
                     found.setdefault(process, []).append((int(step[1]) * steps + int(step[2]), resident(process)))
     if run.returncode:
         raise RuntimeError(f"The run ended with status {run.returncode}: {line}")

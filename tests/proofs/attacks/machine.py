@@ -7,19 +7,15 @@ import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 from tests.proofs.attacks.sandbox import DONE, REFUSED, Skipped, add_run, cases, command, start, train, until, wait
+from tests.proofs.prove_memory import data_workers
 from tests.trees import ROOT
 
 LONG = "--epochs 9999 --steps-per-epoch 40".split()
 AND_TMP = "out", "tmp"  # what is killed cannot remove the sockets of its workers
 
 # ------------------------------------------------------------------------------- signals
-
-
-def _children(pid):
-    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 def _in_mid_epoch(box, printed):
@@ -43,8 +39,8 @@ def sending(*signals, to_group=False):
 
 def _kill_a_worker(box, pid):
     _in_mid_epoch(box, box.parent / "printed.out")
-    until(lambda: _children(pid))
-    os.kill(_children(pid)[-1], signal.SIGKILL)
+    until(lambda: data_workers(pid))
+    os.kill(data_workers(pid)[-1], signal.SIGKILL)
 
 
 def interrupted(*signals, to_group=False, workers=2):
