@@ -300,15 +300,29 @@ def _start(loader):
     handled = callable(signal.getsignal(signal.SIGTERM))  # as in a task of submitit, which ignores SIGTERM
     blocked = [signal.SIGINT, signal.SIGUSR2, *([signal.SIGTERM] if handled else [])]
     loader.worker_init_fn = _Preparation(blocked)
-    resource_tracker.ensure_running()  # starting it would unblock the signals
-    before, path = signal.pthread_sigmask(signal.SIG_BLOCK, blocked), os.environ.get("PYTHONPATH")
-    # The server imports our modules, whatever folder the program was started in.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), path]))
+    # It cleans up after a process that was killed, and would tell of it. Starting it unblocks signals.
+    with _environment(PYTHONWARNINGS="ignore:resource_tracker:UserWarning"):
+        resource_tracker.ensure_running()
+    path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
-        return iter(loader)
+        # The server imports our modules, whatever folder the program was started in.
+        with _environment(PYTHONPATH=os.pathsep.join(path)):
+            return iter(loader)
     finally:
-        os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _environment(**variables):
+    """Set environment variables for the processes that the block starts."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 class _Preparation:
