@@ -342,7 +342,7 @@ class _Preparation:
 def _end_with(sentinel):
     """End this process as soon as the process of the sentinel has ended."""
     multiprocessing.connection.wait([sentinel])
-    os._exit(1)
+    os.kill(os.getpid(), signal.SIGKILL)  # the other signals may be blocked
 
 
 def _worker_excepthook(kind, error, trace):

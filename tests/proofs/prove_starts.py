@@ -68,8 +68,8 @@ def main(starts):
     ended = f"{starts - len(failed)} ended as they should{''.join(f'; {each}' for each in failed)}"
     print(
         f"{starts} starts of {RANKS} ranks with {WORKERS} data workers each: {ended}. A start took "
-        f"{statistics.median(took):.1f} s (median). The first batch of {WORKERS} workers comes after {first:.1f} s where "
-        f"the fork server has to import first, and after {later:.2f} s from then on."
+        f"{statistics.median(took):.1f} s (median). The first batch of {WORKERS} workers comes after {first:.1f} s, in "
+        f"which the fork server imports, and later after {later:.2f} s."
     )
     sys.exit(bool(failed))
 
