@@ -4,11 +4,12 @@
 
 The suites, in study/suites.py: `methods` compares Semiformer with labelled images alone, with the published pseudo
 labels and with those of later methods, and with a CNN and a ViT alone; `trials` is the search for the settings;
-`ablation` changes one flag of Semiformer at a time; `smoke` does the same for 20 steps and verifies that each flag
-changes the quantity it should. A suite has a folder, OUTPUT/SUITE-LABELS, with a folder for each run, seedN/NAME. When
-a run ends, its log becomes a line of results.jsonl there. When started again, the study skips the runs that have a
-line, resumes the others, and rewrites table.md and the plot. `--tune` evaluates on held-out training images, to choose
-settings.
+`clipart` and `clipart-trials` are the same on colour pictures; `ablation` changes one flag of Semiformer at a time;
+`smoke` does the same for 20 steps and verifies that each flag changes the quantity it should.
+
+A suite has a folder, OUTPUT/SUITE-LABELS, with a folder for each run, seedN/NAME. When a run ends, its log becomes a
+line of results.jsonl there. When started again, the study skips the runs that have a line, resumes the others, and
+rewrites table.md and the plot. `--tune` evaluates on held-out training images, to choose settings.
 Flags after `--` are added to those of every run.
 """
 
@@ -154,7 +155,8 @@ def main():
     parser.add_argument(
         "--data-path",
         required=True,
-        help="folder of Fashion-MNIST's idx files, downloaded there if missing",
+        help="folder of Fashion-MNIST's idx files, downloaded there if missing; for the suites clipart and "
+        "clipart-trials, the folder png of Debian's openclipart-png",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda, for every run (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=ROOT / "output/study", help="folder of the runs")

@@ -15,7 +15,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from script.compare_runs import IGNORED_FLAGS, SHARES, Run, markdown, mean_and_deviation
-from study.suites import CHANGES, METHODS, SHARED, SUITES, TUNED
+from study.suites import CHANGES, LATER, SHARED, SUITES, TUNED
 
 DPI = 150
 COLUMNS = {
@@ -28,7 +28,7 @@ COLUMNS = {
     "train_classes": "classes",
 }
 PAIRS = (  # (run, meter) minus (run, meter)
-    *(((name, "test_acc1"), ("published", "test_acc1")) for name in (*METHODS, "recipe")),
+    *(((name, "test_acc1"), ("published", "test_acc1")) for name in (*LATER, "recipe")),
     *((("recipe", meter), ("supervised", meter)) for meter in ("test_acc1", "test_acc1_head1", "test_acc1_head2")),
     (("published", "test_acc1"), ("cnn-published", "test_acc1")),
     (("recipe", "test_acc1"), ("cnn-recipe", "test_acc1")),
@@ -157,9 +157,10 @@ def draw(runs, path):
     with matplotlib.rc_context({"font.size": 9}):
         figure = Figure(figsize=(8.3, 6.6), dpi=DPI, layout="constrained")
         axes = figure.subplots(2, 2, sharex=True)
+        colours = matplotlib.colormaps["tab10" if len(runs) <= 10 else "tab20"]
         for axis, (meter, label) in zip(axes.flat, PANELS.items()):
             for i, (name, seeds) in enumerate(runs.items()):
-                _curves(axis, seeds, meter, 100 if meter in SHARES else 1, matplotlib.colormaps["tab20"](i), name)
+                _curves(axis, seeds, meter, 100 if meter in SHARES else 1, colours(i), name)
             axis.set(ylabel=label)
             axis.grid(alpha=0.3)
         for axis in axes[1]:
@@ -183,16 +184,20 @@ def _curves(axis, runs, meter, scale, colour, label):
         axis.plot(list(points), means, color=colour, marker="o", markersize=2.5, linewidth=1.6, label=label)
 
 
+def _flags(text):
+    """Each flag with its value."""
+    return re.split(r" (?=--)", " ".join(text.split()))
+
+
 def trials_table(lines, names):
     """The Markdown table of a search for settings: each trial's flags besides the shared ones, and its top-1s."""
     found, rows = {(line["name"], line["seed"]): line for line in lines}, []
     seeds = sorted({line["seed"] for line in lines})
-    shared = re.split(r" (?=--)", " ".join(f"{SHARED} --no-model-ema".split()))
+    shared = set.intersection(*(set(_flags(line["flags"])) for line in lines)) | set(_flags(f"{SHARED} --no-model-ema"))
     for name in names:
         trials = [found.get((name, seed)) for seed in seeds]
         if any(trials):
-            flags = re.split(r" (?=--)", next(filter(None, trials))["flags"])
-            own = " ".join(flag for flag in flags if flag not in shared)
+            own = " ".join(flag for flag in _flags(next(filter(None, trials))["flags"]) if flag not in shared)
             top1 = " / ".join(f"{trial['log'][-1]['test_acc1']:.1f}" if trial else "-" for trial in trials)
             runs = [_run(trial) for trial in trials if trial]
             figures = [mean_and_deviation(runs, meter) for meter in ("train_pseudo_acc", "train_pseudo_recall")]
@@ -214,7 +219,7 @@ def report(suite, lines, plot):
     runs, pairs = runs_of(lines, SUITES[suite]), PAIRS
     if suite == "ablation":
         pairs = [((name, "test_acc1"), ("baseline", "test_acc1")) for name in CHANGES]
-    draw(runs, plot)
+    draw({name: seeds for name, seeds in runs.items() if not name.startswith(("cnn-", "vit-"))}, plot)
     return f"{results_table(runs)}\n\n{differences_table(runs, pairs)}"
 
 
