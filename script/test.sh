@@ -13,7 +13,7 @@ case ${1:-} in
     status=0
     "$PYTHON" -m pytest -m proof || status=$?
     for proof in "tests.proofs.prove_resume --kills 30" tests.proofs.prove_memory \
-        "tests.proofs.fuzz --mutations 10000" tests.proofs.attack benchmarks.measure_lists; do
+        "tests.proofs.fuzz --mutations 10000" tests.proofs.attack tests.proofs.prove_starts benchmarks.measure_lists; do
         printf '\n## python -m %s\n\n' "$proof"
         "$PYTHON" -m $proof || status=$?  # unquoted: a module and its flags
     done
