@@ -518,8 +518,8 @@ def _train_epochs(run):
         is_saved = state.pending is not None  # the resumed checkpoint has this epoch, trained but not evaluated
         if not is_saved:
             run.train_epoch(epoch)
+            run.start_loading(epoch + 1)
             if is_saved := run.is_measured(epoch):
-                run.start_loading(epoch + 1)
                 run.save()  # so that neither an error nor a kill in the evaluation costs the epoch
         test_meters = run.evaluate(epoch) if run.is_measured(epoch) else None
         train_meters, state.pending = state.pending, None

@@ -128,7 +128,8 @@ def ddp(args):
 def ddp_rank(args):
     """What a rank of `ddp` measures: the table, on the first one."""
     if not dist.is_initialized():
-        dist.init_process_group("nccl", store=dist.HashStore(), world_size=1, rank=0, device_id=args.device)
+        device = torch.device("cuda", torch.cuda.current_device())
+        dist.init_process_group("nccl", store=dist.HashStore(), world_size=1, rank=0, device_id=device)
     lines = DDP[1:] if args.device.type == "cuda" else DDP
     calls = _calls(lines, lambda name: build_step(args, VARIANTS[name])[0], args)
     text = table(lines, calls, args, headers=("alone, ms", "under DDP, ms", "alone / under DDP"))

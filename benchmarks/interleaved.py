@@ -113,9 +113,13 @@ def profiled(call, args, steps=3, top=15):
             call()
         if cuda:
             torch.cuda.synchronize()
-    events = profile.key_averages()
-    if cuda:  # an operator's device time is that of its kernels, which are listed themselves
-        events = [event for event in events if event.device_type == DeviceType.CUDA]
+
+    def of_kernels(events):
+        # An operator's time on the device is that of its kernels, which are listed themselves, as are the annotations
+        # around several of them.
+        return [each for each in events if each.device_type == DeviceType.CUDA and not each.is_user_annotation]
+
+    events = of_kernels(profile.key_averages()) if cuda else profile.key_averages()
     own = {event.key: event.self_device_time_total if cuda else event.self_cpu_time_total for event in events}
     count, total = {event.key: event.count for event in events}, sum(own.values())
     rows = ["| kernel | calls a step | ms a step | share |", "|---|---|---|---|"]
@@ -123,6 +127,6 @@ def profiled(call, args, steps=3, top=15):
         name = key.replace("|", "/")[:80]
         rows.append(f"| `{name}` | {count[key] / steps:.0f} | {own[key] / steps / 1000:.4g} | {own[key] / total:.1%} |")
     if cuda:
-        spans = [(e.time_range.start, e.time_range.end) for e in profile.events() if e.device_type == DeviceType.CUDA]
+        spans = [(each.time_range.start, each.time_range.end) for each in of_kernels(profile.events())]
         rows.append(f"\nThe GPU is idle {idle_share(spans):.1%} of the time.")
     return "\n".join(rows)

@@ -3,8 +3,8 @@
 Every image's random draws depend on (seed, epoch, rank, stream, place in the epoch's order) alone, so that the number
 of workers never changes a batch.
 
-Workers are started by Python's fork server, a process that has imported what they need and runs nothing else: a fork of
-the training process, beside the threads of gloo or NCCL, can hang.
+Workers are started by Python's fork server, a process that has imported what they need and runs nothing else. They are
+not forked from the training process, because a fork beside the threads of gloo or NCCL can hang.
 """
 
 import multiprocessing
@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, default_collate
 from samplers import Passes, evaluation_order
 from utils import derived_seed, preserved_cpu_generators, seed_cpu
 
-SHARED = 3 * 2**27  # bytes of shared memory for the finished batches of a loader; 8 ranks share 8 GB, with evaluation
+SHARED = 2**28  # bytes of shared memory for the finished batches of a loader; with evaluation a rank has three of them
 
 
 class _Seeded:
@@ -54,7 +54,7 @@ class _Plan:
     shared memory. The parts are joined on the device.
 
     Args:
-        numbers: that decide the draws besides an image's place.
+        numbers: seeds of the draws, together with an image's place.
         order: indices of all images of the epoch; the last batch may be smaller.
     """
 
@@ -146,8 +146,8 @@ class TrainingLoader:
 
     def read(self):
         """The batches of the epoch that has been started, as `read_batches`."""
-        self._started = None
-        return self._batches
+        batches, self._batches, self._started = self._batches, None, None  # the last batch is not kept
+        return batches
 
 
 def evaluation_loader(dataset, batch_size, *, world, rank, num_workers, pin_memory, image_bytes=0):
@@ -183,6 +183,7 @@ _EXHAUSTED = {
     "shared memory": _SHARED_MEMORY,
     "No space left on device": _SHARED_MEMORY,
     "signal: Killed": _KILLED,
+    "Pin memory thread exited": _KILLED,  # by the connection to a worker that has died
     "(pid(s) ": _KILLED,  # "DataLoader worker (pid(s) 7) exited unexpectedly", by a signal that nobody caught
 }
 
@@ -300,7 +301,8 @@ def _start(loader):
     handled = callable(signal.getsignal(signal.SIGTERM))  # as in a task of submitit, which ignores SIGTERM
     blocked = [signal.SIGINT, signal.SIGUSR2, *([signal.SIGTERM] if handled else [])]
     loader.worker_init_fn = _Preparation(blocked)
-    # It cleans up after a process that was killed, and would tell of it. Starting it unblocks signals.
+    # The resource tracker removes what a killed process leaves behind, and would warn of it. It is started here,
+    # because its start unblocks signals.
     with _environment(PYTHONWARNINGS="ignore:resource_tracker:UserWarning"):
         resource_tracker.ensure_running()
     path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -308,9 +310,13 @@ def _start(loader):
     try:
         # The server imports our modules, whatever folder the program was started in.
         with _environment(PYTHONPATH=os.pathsep.join(path)):
-            return iter(loader)
+            batches = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for worker in batches._workers:
+        # Python ends the workers that are left at its exit by SIGTERM, which they may block, and waits for them.
+        worker._popen.terminate = worker._popen.kill
+    return batches
 
 
 @contextmanager

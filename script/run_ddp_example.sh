@@ -14,4 +14,4 @@ exec "${PYTHON:-python3}" -m torch.distributed.run --standalone --nproc_per_node
     --model Semiformer_small_patch16 --data-set SEMI-IMNET --data-path "$DATA_ROOT" --data-split-file "$SPLIT" \
     --batch-size 108 --lr 1e-3 --epochs 600 --mu 0.125 --temperature 1.0 --threshold 0.7 --semi-lambda 4 \
     --semi-start-epoch 30 --pseudo-type cnn --unlabel-smooth --mixup 0 --cutmix 0 --no-repeated-aug \
-    --evaluate-freq 4 --num_workers 10 --output_dir "$OUTPUT" --resume auto "${faster[@]}" "$@"
+    --evaluate-freq 4 --num_workers 10 --output_dir "$OUTPUT" --resume auto ${faster[@]+"${faster[@]}"} "$@"

@@ -14,5 +14,5 @@ submit() {
         --model Semiformer_small_patch16 --data-set SEMI-IMNET --data-path "$DATA_ROOT" --data-split-file "$SPLIT" \
         --batch-size 108 --lr 1e-3 --temperature 1.0 --threshold 0.7 --semi-lambda 4 --semi-start-epoch 30 \
         --pseudo-type cnn --mixup 0 --cutmix 0 --no-repeated-aug --evaluate-freq 10 --num_workers 10 \
-        "${faster[@]}" "$@"
+        ${faster[@]+"${faster[@]}"} "$@"
 }

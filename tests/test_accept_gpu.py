@@ -22,7 +22,7 @@ def test_every_part_passes_or_is_skipped_on_a_cpu(tmp_path):
     assert [row[1] for row in rows] == list(accept_gpu.PARTS) and {row[0] for row in rows} == {"PASS"}
     skipped = {row[1] for row in rows if row[2] == "skipped: no CUDA"}
     assert skipped == {"card", "waits", "memory"}
-    assert "1 of 1 kills identical" in dict(row[1:] for row in rows)["resume"]
+    assert "identical end after a kill: yes" in dict(row[1:] for row in rows)["resume"]
 
 
 def dies(_):

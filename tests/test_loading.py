@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import signal
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -187,6 +188,24 @@ def test_ctrl_c_does_not_reach_the_workers(capfd):
         worker.join()
     assert capfd.readouterr().err == ""
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def fail_in_a_task():
+    """An error leaves the workers to Python's exit, where this process handles SIGTERM, as submitit does."""
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    reading = training_batches(Drawing(40), training_order(40), 4, 1000, workers=2)
+    next(reading)
+    sys.last_value = reading  # as a traceback keeps the frame of the loop
+    raise LookupError("the reason")
+
+
+def test_a_task_that_fails_ends_though_its_workers_block_sigterm():
+    process = FORKSERVER.Process(target=fail_in_a_task)
+    process.start()
+    process.join(60)
+    code = process.exitcode
+    process.kill()
+    assert code == 1
 
 
 def train_for_ever(told):

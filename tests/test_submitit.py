@@ -312,7 +312,7 @@ SHARED = {
     "cutmix_minmax": None,
     "repeated_aug": False,
     "evaluate_freq": 10,
-    "use_volta32": False,  # ours: the wheels of today have no code for V100
+    "use_volta32": False,  # ours: PyTorch's wheels for CUDA 13 have no code for V100
     "ngpus": 8,
     "timeout": 2800,
     "local": False,

@@ -157,16 +157,22 @@ def save(content, path, previous=None):
 def save_again(content, written, path, previous=None):
     """Let `path` name a file just written with this content too: as a hard link, or saved where there are none."""
     temporary = f"{path}.{os.getpid()}.tmp"
+    with suppress(FileNotFoundError):
+        os.remove(temporary)
     try:
         os.link(written, temporary)
     except OSError:  # some file systems (exFAT, some network ones) have no hard links
         save(content, path, previous)
         return
-    with writing(path):
-        if previous:
-            _keep(path, previous)
-        os.replace(temporary, path)
-        sync_folder(os.path.dirname(path))
+    try:
+        with writing(path):
+            if previous:
+                _keep(path, previous)
+            os.replace(temporary, path)
+            sync_folder(os.path.dirname(path))
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(temporary)
 
 
 def _keep(path, previous):

@@ -288,16 +288,14 @@ class Output:
         """
 
         def write():
-            state, first = content(), self.folder / names[0]
-            for name in names:
-                path, previous = (
-                    self.folder / name,
-                    self.folder / PREVIOUS if name == LATEST and keep_previous else None,
-                )
-                if path == first:
-                    checkpoint.save(state, path, previous)
-                else:
-                    checkpoint.save_again(state, first, path, previous)
+            state, (first, *others) = content(), [self.folder / name for name in names]
+
+            def previous(path):
+                return self.folder / PREVIOUS if path.name == LATEST and keep_previous else None
+
+            checkpoint.save(state, first, previous(first))
+            for path in others:
+                checkpoint.save_again(state, first, path, previous(path))
 
         if self.folder:
             utils.on_main(write)

@@ -14,7 +14,7 @@ train() {
     fi
     exec "${PYTHON:-python3}" -m torch.distributed.run "${machines[@]}" --nproc_per_node="${NGPU:-8}" \
         "$here/semi_main.py" --data-path "$DATA_ROOT" --num_workers 10 --output_dir "$OUTPUT" --resume auto \
-        "${faster[@]}" "$@"
+        ${faster[@]+"${faster[@]}"} "$@"
 }
 
 # What the recipes of Semi-ViT share; their own flags follow.
