@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import sys
@@ -173,11 +174,21 @@ def test_batches_are_finished_on_the_device_in_their_order():
 # -------------------------------------------------------------------------------- signals and exhausted machines
 
 
+def blocks(pid, number):
+    """Whether a process blocks a signal."""
+    mask = re.search(r"^SigBlk:\s+(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[1]
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
 def test_ctrl_c_does_not_reach_the_workers(capfd):
     reading = training_batches(Drawing(40), training_order(40), 4, 10, workers=2)
     seen = [next(reading)]
     workers = multiprocessing.active_children()
     assert len(workers) == 2
+    # The fork server of a run blocks the signals; that of the tests does not, so a worker has to begin first.
+    until = time.monotonic() + 60
+    while not all(blocks(worker.pid, signal.SIGINT) for worker in workers):
+        assert time.monotonic() < until
     for _ in range(3):
         for worker in workers:
             os.kill(worker.pid, signal.SIGINT)
