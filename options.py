@@ -613,7 +613,7 @@ def _hardware_flags(parser):
     add(
         "--deterministic",
         action="store_true",
-        help="only deterministic algorithms on the GPU: equal runs on GPUs of a type are equal to the bit; slower",
+        help="only deterministic algorithms on the GPU, so that a run repeats to the bit on GPUs of one type; slower",
     )
     add("--use-native-amp", action="store_true", help="the published name of --amp auto")
     add("--no-amp", action="store_true", help="the published name of --amp off")

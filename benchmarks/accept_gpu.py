@@ -80,7 +80,6 @@ def card(args):
 
 def exact(args):
     """float64 on the device against the CPU: losses, gradients and weights of a step; bf16 against float32; pixels."""
-    found, losses = {}, {}
 
     def step(device, dtype, bf16=False):
         here = argparse.Namespace(**{**vars(args), "device": torch.device(device)})

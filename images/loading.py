@@ -16,7 +16,7 @@ import threading
 import weakref
 from array import array
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import cache, partial
 from multiprocessing import resource_tracker
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -300,7 +300,7 @@ def _start(loader):
         return iter(loader)
     handled = callable(signal.getsignal(signal.SIGTERM))  # as in a task of submitit, which ignores SIGTERM
     blocked = [signal.SIGINT, signal.SIGUSR2, *([signal.SIGTERM] if handled else [])]
-    loader.worker_init_fn = _Preparation(blocked)
+    loader.worker_init_fn = partial(_prepare_worker, blocked)
     # The resource tracker removes what a killed process leaves behind, and would warn of it. It is started here,
     # because its start unblocks signals.
     with _environment(PYTHONWARNINGS="ignore:resource_tracker:UserWarning"):
@@ -331,18 +331,12 @@ def _environment(**variables):
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-class _Preparation:
-    """What a worker does first; an object, so that it can be sent to it."""
-
-    def __init__(self, blocked):
-        self.blocked = blocked
-
-    def __call__(self, _worker):
-        signal.pthread_sigmask(signal.SIG_BLOCK, self.blocked)
-        sys.excepthook = _worker_excepthook
-        # PyTorch watches the worker's parent, which is the fork server; and that lives as long as its workers.
-        if trainer := multiprocessing.parent_process():
-            threading.Thread(target=_end_with, args=[trainer.sentinel], daemon=True).start()
+def _prepare_worker(blocked, _worker):
+    signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    sys.excepthook = _worker_excepthook
+    # PyTorch watches the worker's parent, which is the fork server; and that lives as long as its workers.
+    if trainer := multiprocessing.parent_process():
+        threading.Thread(target=_end_with, args=[trainer.sentinel], daemon=True).start()
 
 
 def _end_with(sentinel):
